@@ -1,0 +1,225 @@
+package derp
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+
+	"go4.org/mem"
+	tsderp "tailscale.com/derp"
+	"tailscale.com/types/key"
+)
+
+// claimLen is how much of the client's first frame holds its key: one byte
+// of type, four of length, the key.
+const claimLen = tsderp.FrameHeaderLen + tsderp.KeyLen
+
+// maxPerKey is how many admitted connections one key may hold. A client that
+// lost its network leaves dead ones behind, so the newest wins.
+const maxPerKey = 4
+
+// conn is one relay connection. It watches the first frame go by to learn the
+// key that the client claims, which is good enough to close by, never to
+// grant by.
+type conn struct {
+	net.Conn // what derpserver reads and writes
+	srv      *Server
+	r        io.Reader // Conn, after what was read ahead of the upgrade
+	hard     io.Closer // the transport below TLS and WebSocket
+	req      *http.Request
+	remote   netip.AddrPort
+	release  func(failed bool) // gives the place among unadmitted ones back
+
+	head  [claimLen]byte // owned by the reading goroutine
+	nhead int
+
+	once sync.Once // closes hard
+
+	// Guarded by srv.mu.
+	claimed  key.NodePublic
+	admitted bool
+	serial   uint64 // order of admission
+	gone     bool
+}
+
+// Read implements net.Conn.
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	if c.nhead < claimLen && n > 0 {
+		c.nhead += copy(c.head[c.nhead:], p[:n])
+		if c.nhead == claimLen {
+			c.claim()
+		}
+	}
+	return n, err
+}
+
+// claim files c under the key in its first frame.
+func (c *conn) claim() {
+	if tsderp.FrameType(c.head[0]) != tsderp.FrameClientInfo ||
+		binary.BigEndian.Uint32(c.head[1:]) < tsderp.KeyLen {
+		return
+	}
+	k := key.NodePublicFromRaw32(mem.B(c.head[tsderp.FrameHeaderLen:]))
+	s := c.srv
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.gone {
+		return
+	}
+	c.claimed = k
+	set := s.byKey[k]
+	if set == nil {
+		set = map[*conn]struct{}{}
+		s.byKey[k] = set
+	}
+	set[c] = struct{}{}
+}
+
+// Close implements net.Conn. It closes the transport at once: a TLS or
+// WebSocket farewell would wait for a client that may not read.
+func (c *conn) Close() error {
+	var err error
+	c.once.Do(func() { err = c.hard.Close() })
+	return err
+}
+
+// forget takes c out of the books when its relay loop has ended.
+func (c *conn) forget() {
+	s := c.srv
+	s.mu.Lock()
+	c.gone = true
+	wasAdmitted := c.admitted
+	if set := s.byKey[c.claimed]; set != nil {
+		delete(set, c)
+		if len(set) == 0 {
+			delete(s.byKey, c.claimed)
+		}
+	}
+	s.mu.Unlock()
+	if wasAdmitted {
+		s.stats.connections.Add(-1)
+		return
+	}
+	s.stats.failed.Add(1)
+	c.release(true)
+}
+
+// admit decides on c once its client has proved k.
+func (s *Server) admit(c *conn, k key.NodePublic) bool {
+	s.mu.Lock()
+	filed := c.claimed == k && !c.gone && !s.closed
+	s.mu.Unlock()
+	if !filed {
+		return false
+	}
+	if s.cfg.Admit == nil || !s.cfg.Admit(k) {
+		s.stats.denied.Add(1)
+		return false
+	}
+	var (
+		dup   Duplicate
+		evict *conn
+	)
+	s.mu.Lock()
+	if c.gone || s.closed {
+		s.mu.Unlock()
+		return false
+	}
+	c.admitted = true
+	c.serial = s.stats.admitted.Add(1)
+	var newest, oldest *conn
+	dup.Key = k
+	for o := range s.byKey[k] {
+		if !o.admitted {
+			continue
+		}
+		dup.Connections++
+		if o == c {
+			continue
+		}
+		if newest == nil || o.serial > newest.serial {
+			newest = o
+		}
+		if oldest == nil || o.serial < oldest.serial {
+			oldest = o
+		}
+	}
+	if dup.Connections > maxPerKey {
+		evict = oldest
+	}
+	s.mu.Unlock()
+
+	s.stats.connections.Add(1)
+	c.release(false)
+	if evict != nil {
+		s.stats.evicted.Add(1)
+		evict.Close()
+	}
+	if newest != nil {
+		s.stats.duplicates.Add(1)
+		if s.cfg.OnDuplicate != nil {
+			dup.New, dup.Old = c.remote, newest.remote
+			s.cfg.OnDuplicate(dup)
+		}
+	}
+	if s.cfg.Identified != nil {
+		s.cfg.Identified(c.req)
+	}
+	return true
+}
+
+// Revoke closes every connection of k at once, also those that have not
+// proved the key yet. Call it after Config.Admit has begun to refuse k, else
+// the client is back a moment later.
+func (s *Server) Revoke(k key.NodePublic) {
+	s.mu.Lock()
+	conns := make([]*conn, 0, len(s.byKey[k]))
+	for c := range s.byKey[k] {
+		conns = append(conns, c)
+	}
+	s.mu.Unlock()
+	for _, c := range conns {
+		s.stats.revoked.Add(1)
+		c.Close()
+	}
+}
+
+// Recheck asks Config.Admit about every connected key again and closes the
+// connections of those it refuses now. It is for changes whose keys the
+// caller does not know one by one.
+func (s *Server) Recheck() {
+	s.mu.Lock()
+	keys := make([]key.NodePublic, 0, len(s.byKey))
+	for k := range s.byKey {
+		keys = append(keys, k)
+	}
+	s.mu.Unlock()
+	for _, k := range keys {
+		if s.cfg.Admit == nil || !s.cfg.Admit(k) {
+			s.Revoke(k)
+		}
+	}
+}
+
+// serve runs the relay loop of c and returns when the connection is over.
+func (s *Server) serve(ctx context.Context, c *conn, bw *bufio.Writer) {
+	defer c.forget()
+	ctx = context.WithValue(ctx, connContextKey{}, c)
+	brw := bufio.NewReadWriter(bufio.NewReader(c), bw)
+	s.relay.Accept(ctx, c, brw, c.remote.String())
+}
+
+// transport is what lies below TLS: closing it cannot block.
+func transport(nc net.Conn) io.Closer {
+	if t, ok := nc.(*tls.Conn); ok {
+		return t.NetConn()
+	}
+	return nc
+}
