@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 )
 
 const (
@@ -25,9 +27,11 @@ type bootstrap struct {
 	fixed  map[string][]netip.Addr // published anyway, no look-up
 	names  []string                // lower case, sorted, without final dot
 
-	mu      sync.Mutex // guards the following; held over the look-up, so that one runs at a time
+	flight singleflight.Group // one look-up at a time
+
+	mu      sync.Mutex // guards the following fields
 	fetched time.Time
-	answer  map[string][]netip.Addr
+	answer  map[string][]netip.Addr // replaced, never changed
 }
 
 func newBootstrap(c Config) *bootstrap {
@@ -81,17 +85,30 @@ func (b *bootstrap) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(out)
 }
 
-// resolved is the answer for all names, at most bootstrapTTL old. A name that
-// does not resolve keeps its earlier addresses. The map is never changed.
+// resolved is the answer for all names, at most bootstrapTTL old.
 func (b *bootstrap) resolved(ctx context.Context) map[string][]netip.Addr {
-	b.mu.Lock()
-	defer b.mu.Unlock()
 	now := b.now()
-	if age := now.Sub(b.fetched); b.answer != nil && age >= 0 && age < bootstrapTTL {
-		return b.answer
+	b.mu.Lock()
+	answer, fetched := b.answer, b.fetched
+	b.mu.Unlock()
+	if age := now.Sub(fetched); answer != nil && age >= 0 && age < bootstrapTTL {
+		return answer
 	}
 	// The answer is everybody's: the first asker leaving must not spoil it.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), bootstrapTimeout)
+	next, _, _ := b.flight.Do("", func() (any, error) {
+		next := b.resolve(context.WithoutCancel(ctx), answer)
+		b.mu.Lock()
+		b.answer, b.fetched = next, now
+		b.mu.Unlock()
+		return next, nil
+	})
+	return next.(map[string][]netip.Addr)
+}
+
+// resolve looks all names up. One that does not resolve keeps its earlier
+// addresses.
+func (b *bootstrap) resolve(ctx context.Context, before map[string][]netip.Addr) map[string][]netip.Addr {
+	ctx, cancel := context.WithTimeout(ctx, bootstrapTimeout)
 	defer cancel()
 	next := make(map[string][]netip.Addr, len(b.names))
 	for _, h := range b.names {
@@ -99,7 +116,7 @@ func (b *bootstrap) resolved(ctx context.Context) map[string][]netip.Addr {
 		if ips == nil {
 			found, err := b.lookup(ctx, h)
 			if err != nil || len(found) == 0 {
-				found = b.answer[h]
+				found = before[h]
 			}
 			for _, ip := range found {
 				ips = append(ips, ip.Unmap())
@@ -109,6 +126,5 @@ func (b *bootstrap) resolved(ctx context.Context) map[string][]netip.Addr {
 			next[h] = ips
 		}
 	}
-	b.answer, b.fetched = next, now
 	return next
 }

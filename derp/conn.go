@@ -2,6 +2,7 @@ package derp
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"go4.org/mem"
@@ -96,6 +98,7 @@ func (c *conn) forget() {
 	s.mu.Lock()
 	c.gone = true
 	wasAdmitted := c.admitted
+	delete(s.conns, c)
 	if set := s.byKey[c.claimed]; set != nil {
 		delete(set, c)
 		if len(set) == 0 {
@@ -123,56 +126,45 @@ func (s *Server) admit(c *conn, k key.NodePublic) bool {
 		s.stats.denied.Add(1)
 		return false
 	}
-	var (
-		dup   Duplicate
-		evict *conn
-	)
-	s.mu.Lock()
-	if c.gone || s.closed {
-		s.mu.Unlock()
+	others, ok := s.markAdmitted(c)
+	if !ok {
 		return false
 	}
-	c.admitted = true
-	c.serial = s.stats.admitted.Add(1)
-	var newest, oldest *conn
-	dup.Key = k
-	for o := range s.byKey[k] {
-		if !o.admitted {
-			continue
-		}
-		dup.Connections++
-		if o == c {
-			continue
-		}
-		if newest == nil || o.serial > newest.serial {
-			newest = o
-		}
-		if oldest == nil || o.serial < oldest.serial {
-			oldest = o
-		}
-	}
-	if dup.Connections > maxPerKey {
-		evict = oldest
-	}
-	s.mu.Unlock()
-
-	s.stats.connections.Add(1)
 	c.release(false)
-	if evict != nil {
+	if len(others) >= maxPerKey {
 		s.stats.evicted.Add(1)
-		evict.Close()
+		others[0].Close()
 	}
-	if newest != nil {
+	if n := len(others); n > 0 {
 		s.stats.duplicates.Add(1)
 		if s.cfg.OnDuplicate != nil {
-			dup.New, dup.Old = c.remote, newest.remote
-			s.cfg.OnDuplicate(dup)
+			s.cfg.OnDuplicate(Duplicate{Key: k, Connections: n + 1, New: c.remote, Old: others[n-1].remote})
 		}
 	}
 	if s.cfg.Identified != nil {
 		s.cfg.Identified(c.req)
 	}
 	return true
+}
+
+// markAdmitted notes that c is admitted and returns the other admitted
+// connections of its key, oldest first. It fails when c is over already.
+func (s *Server) markAdmitted(c *conn) (others []*conn, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.gone || s.closed {
+		return nil, false
+	}
+	for o := range s.byKey[c.claimed] {
+		if o.admitted {
+			others = append(others, o)
+		}
+	}
+	slices.SortFunc(others, func(a, b *conn) int { return cmp.Compare(a.serial, b.serial) })
+	c.admitted = true
+	c.serial = s.stats.admitted.Add(1)
+	s.stats.connections.Add(1)
+	return others, true
 }
 
 // Revoke closes every connection of k at once, also those that have not
@@ -210,6 +202,19 @@ func (s *Server) Recheck() {
 
 // serve runs the relay loop of c and returns when the connection is over.
 func (s *Server) serve(ctx context.Context, c *conn, bw *bufio.Writer) {
+	s.mu.Lock()
+	closed := s.closed
+	if !closed {
+		s.conns[c] = struct{}{}
+		s.serving.Add(1)
+	}
+	s.mu.Unlock()
+	if closed {
+		c.Close()
+		c.release(false)
+		return
+	}
+	defer s.serving.Done()
 	defer c.forget()
 	ctx = context.WithValue(ctx, connContextKey{}, c)
 	brw := bufio.NewReadWriter(bufio.NewReader(c), bw)

@@ -30,9 +30,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -150,7 +153,11 @@ type Server struct {
 	closed bool
 	tlsLn  net.Listener
 	stunPC [2]*net.UDPConn
+	conns  map[*conn]struct{}                    // every relay connection
 	byKey  map[key.NodePublic]map[*conn]struct{} // by claimed key, admitted or not
+
+	// serving counts conns; Add only under mu and while not closed.
+	serving sync.WaitGroup
 }
 
 // New checks cfg and makes a Server. It opens nothing.
@@ -164,6 +171,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:     cfg,
 		sources: newSourceTable(),
+		conns:   map[*conn]struct{}{},
 		byKey:   map[key.NodePublic]map[*conn]struct{}{},
 	}
 	if cfg.TLSListen != "" {
@@ -189,7 +197,7 @@ func (c *Config) fill() error {
 	c.RegionID = cmp.Or(c.RegionID, 999)
 	c.RegionCode = cmp.Or(c.RegionCode, "signalbox")
 	c.RegionName = cmp.Or(c.RegionName, "Signalbox")
-	c.HostName = cmp.Or(c.HostName, "127.0.0.1")
+	c.HostName = cmp.Or(strings.TrimSuffix(c.HostName, "."), "127.0.0.1")
 	if c.RegionID < 900 {
 		return fmt.Errorf("derp.server.region_id: %d is below 900, which is Tailscale's own range", c.RegionID)
 	}
@@ -304,13 +312,18 @@ func (s *Server) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// Close ends every connection and releases the sockets. It may be called more
-// than once.
+// Close ends every connection, waits for their handlers and releases the
+// sockets. It may be called more than once.
 func (s *Server) Close() {
 	s.mu.Lock()
 	s.closed = true
+	conns := slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
 	s.closeSockets()
+	for _, c := range conns {
+		c.Close()
+	}
+	s.serving.Wait()
 	s.relay.Close()
 }
 

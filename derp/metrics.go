@@ -1,9 +1,7 @@
 package derp
 
 import (
-	"errors"
 	"expvar"
-	"net"
 	"sync/atomic"
 
 	"tailscale.com/metrics"
@@ -12,7 +10,7 @@ import (
 // Metrics is a reading of the relay's counters. All but the gauges only grow.
 type Metrics struct {
 	Connections int64 // gauge: admitted connections now
-	Clients     int64 // gauge: keys with at least one connection now
+	Clients     int64 // gauge: keys with at least one of them
 
 	Admitted   uint64 // connections admitted
 	Denied     uint64 // keys that Config.Admit refused after they were proved
@@ -65,9 +63,6 @@ func (s *Server) Metrics() Metrics {
 		STUNLimited:   s.stun.stats.limited.Load(),
 		STUNErrors:    s.stun.stats.writeErrors.Load(),
 	}
-	s.mu.Lock()
-	m.Clients = int64(len(s.byKey))
-	s.mu.Unlock()
 	if set, ok := s.relay.ExpVar(false).(*metrics.Set); ok {
 		read := func(name string) int64 {
 			v, _ := set.Get(name).(*expvar.Int)
@@ -77,9 +72,11 @@ func (s *Server) Metrics() Metrics {
 			return v.Value()
 		}
 		m.BytesReceived, m.BytesSent = read("bytes_received"), read("bytes_sent")
+		if local, ok := set.Get("gauge_clients_local").(expvar.Func); ok {
+			n, _ := local.Value().(int)
+			m.Clients = int64(n)
+		}
 		m.PacketsReceived, m.PacketsSent = read("packets_received"), read("packets_sent")
 	}
 	return m
 }
-
-func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }

@@ -51,7 +51,7 @@ func (t *sourceTable) begin(a netip.Addr, now time.Time) (end func(failed bool, 
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	slot := t.slot(a, now)
-	if slot.pending >= unadmittedPerSource && now.Sub(slot.failed) < failureMemory && !slot.failed.IsZero() {
+	if slot.pending >= unadmittedPerSource && now.Sub(slot.failed) < failureMemory {
 		return nil, false
 	}
 	slot.pending++

@@ -3,6 +3,7 @@ package derp
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"hash/maphash"
@@ -64,7 +65,7 @@ func (s *stunResponder) serve(pc *net.UDPConn) error {
 		if err != nil {
 			// An ICMP answer to an earlier reply can surface here; a socket
 			// that only ever errs is dead.
-			if _, ok := err.(net.Error); ok && !isClosed(err) && transient < 1000 {
+			if _, ok := err.(net.Error); ok && !errors.Is(err, net.ErrClosed) && transient < 1000 {
 				transient++
 				continue
 			}
