@@ -148,9 +148,11 @@ type CreatePreAuthKeyRequest struct {
 	ACLTags    []string   `json:"aclTags"`
 }
 
-// ExpirePreAuthKeyRequest is the body of POST /preauthkey/expire.
+// ExpirePreAuthKeyRequest is the body of POST /preauthkey/expire. Key, whole or
+// masked, is what tools written for versions before 0.27 send instead of ID.
 type ExpirePreAuthKeyRequest struct {
-	ID ID `json:"id"`
+	ID  ID     `json:"id"`
+	Key string `json:"key,omitempty"`
 }
 
 // CreateAPIKeyRequest is the body of POST /apikey. Expiration nil is 90 days
