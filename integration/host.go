@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -165,6 +166,25 @@ func (h *Host) start(cmd *exec.Cmd) error {
 	return h.enter(allSpaces, cmd.Start)
 }
 
+// wire lays a cable from an interface of this host to one of another.
+func (h *Host) wire(port string, other *Host, otherPort string) error {
+	cmd := exec.Command("ip", "link", "add", port, "type", "veth", "peer", "name", otherPort,
+		"netns", strconv.Itoa(other.pid()))
+	cmd.Env = hostEnv()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	// Only the network is this host's: the other's process number has a
+	// meaning in the test's own PID namespace.
+	err := h.enter(unix.CLONE_NEWNET, cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		return fmt.Errorf("wire %s to %s: %w %s", h.Name, other.Name, err, stderr.String())
+	}
+	return nil
+}
+
 // command prepares a process of this host.
 func (h *Host) command(ctx context.Context, env []string, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)
@@ -209,7 +229,7 @@ func (h *Host) script(lines string) error {
 	return err
 }
 
-// Name another machine in this host's /etc/hosts.
+// AddName names another machine in this host's /etc/hosts.
 func (h *Host) AddName(t testing.TB, name string, addr netip.Addr) {
 	t.Helper()
 	if err := h.script(fmt.Sprintf("echo %s %s >> /etc/hosts", addr, name)); err != nil {
@@ -252,4 +272,13 @@ func (h *Host) Listen(address string) (l net.Listener, err error) {
 		return err
 	})
 	return l, err
+}
+
+// ListenUDP receives datagrams inside the host.
+func (h *Host) ListenUDP(address string) (c net.PacketConn, err error) {
+	err = h.enter(unix.CLONE_NEWNET, func() (err error) {
+		c, err = net.ListenPacket("udp", address)
+		return err
+	})
+	return c, err
 }

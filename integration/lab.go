@@ -154,10 +154,10 @@ func (l *Lab) host(name string) (*Host, error) {
 	h.Addr = netip.AddrFrom4(addr)
 
 	port := fmt.Sprintf("port%d", n)
-	err = l.core.script(fmt.Sprintf(`
-		ip link add %[1]s type veth peer name eth0 netns %[2]d
-		ip link set %[1]s master br0 up
-	`, port, h.pid()))
+	err = l.core.wire(port, h, "eth0")
+	if err == nil {
+		err = l.core.script(fmt.Sprintf("ip link set %s master br0 up", port))
+	}
 	if err == nil {
 		err = h.script(fmt.Sprintf(`
 			ip addr add %s/%d dev eth0
@@ -210,7 +210,7 @@ func (l *Lab) hostBehind(t testing.TB, name string, nat NAT) *Host {
 		masquerade = "masquerade random,fully-random"
 	}
 	err = errors.Join(
-		l.core.script(fmt.Sprintf("ip link add lan0 netns %d type veth peer name eth0 netns %d", router.pid(), h.pid())),
+		router.wire("lan0", h, "eth0"),
 		// Unsolicited datagrams are dropped without an answer: one that is let
 		// in leaves a conntrack entry that takes the client's port away, and
 		// the translation becomes a hard one.

@@ -51,8 +51,10 @@ type client struct {
 	halted  atomic.Bool        // our own kill: its broken stream is not the server's doing
 	resume  chan struct{}      // one slot: reconnect now
 
+	fact atomic.Pointer[fact]
+
+	// mu serialises changes of fact and guards link.
 	mu   sync.Mutex
-	fact *fact
 	link *link
 
 	// viewMu guards the following fields.
@@ -72,16 +74,10 @@ func (c *client) decodes() bool { return c.index < c.fleet.sample }
 func (c *client) update(f func(*fact)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	next := *c.fact
+	next := *c.fact.Load()
 	f(&next)
 	next.version = c.fleet.facts.Add(1)
-	c.fact = &next
-}
-
-func (c *client) current() *fact {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.fact
+	c.fact.Store(&next)
 }
 
 func (c *client) hostinfo() *tailcfg.Hostinfo {
@@ -162,8 +158,9 @@ func (c *client) register(ctx context.Context, l *link) error {
 // something of it changed (a "lite update").
 func (c *client) report(ctx context.Context) error {
 	c.mu.Lock()
-	l, f := c.link, c.fact
+	l := c.link
 	c.mu.Unlock()
+	f := c.fact.Load()
 	if l == nil {
 		return errors.New("report: not connected")
 	}
@@ -188,7 +185,7 @@ func (c *client) report(ctx context.Context) error {
 // poll holds one map stream until it ends; it always returns an error.
 // Opened is called once when the server has answered the request.
 func (c *client) poll(ctx context.Context, l *link, opened func()) error {
-	f := c.current()
+	f := c.fact.Load()
 	res, err := c.post(ctx, l, "/machine/map", &tailcfg.MapRequest{
 		Version: capability, KeepAlive: true, Compress: "zstd", Stream: true,
 		NodeKey: f.key, DiscoKey: f.disco, Hostinfo: c.hostinfo(),

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +15,6 @@ import (
 
 	"golang.org/x/net/http2"
 	"tailscale.com/control/controlbase"
-	"tailscale.com/control/ts2021"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 )
@@ -52,6 +52,44 @@ func (c *countedConn) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
 	c.traffic.out.Add(int64(n))
 	return n, err
+}
+
+// earlyConn is a Noise connection whose first bytes from the server may be the
+// early payload: "\xff\xff\xffTS", a big-endian length and a JSON
+// tailcfg.EarlyNoise. It is as long a header as HTTP/2's first frame has, so
+// that nine bytes tell which of the two it is. No client uses what it says.
+type earlyConn struct {
+	net.Conn
+	started bool
+	pending []byte
+}
+
+const (
+	earlyMagic   = "\xff\xff\xffTS"
+	maxEarlySize = 10 << 20
+)
+
+func (c *earlyConn) Read(p []byte) (int, error) {
+	if !c.started {
+		c.started = true
+		var head [9]byte
+		if _, err := io.ReadFull(c.Conn, head[:]); err != nil {
+			return 0, err
+		}
+		if string(head[:5]) != earlyMagic {
+			c.pending = head[:]
+		} else if n := binary.BigEndian.Uint32(head[5:]); n > maxEarlySize {
+			return 0, fmt.Errorf("early payload of %d bytes", n)
+		} else if _, err := io.CopyN(io.Discard, c.Conn, int64(n)); err != nil {
+			return 0, err
+		}
+	}
+	if len(c.pending) > 0 {
+		n := copy(p, c.pending)
+		c.pending = c.pending[n:]
+		return n, nil
+	}
+	return c.Conn.Read(p)
 }
 
 // link is one Noise connection with HTTP/2 inside.
@@ -114,7 +152,7 @@ func (d *dialer) open(ctx context.Context, tcp *countedConn, initial []byte, fin
 	if err != nil {
 		return nil, fmt.Errorf("noise handshake: %w", err)
 	}
-	h2, err := d.transport.NewClientConn(ts2021.NewConn(noise, func() {}))
+	h2, err := d.transport.NewClientConn(&earlyConn{Conn: noise})
 	if err != nil {
 		return nil, fmt.Errorf("http2: %w", err)
 	}
