@@ -1,0 +1,132 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// maxPolicy is what a server accepts.
+const maxPolicy = 2 << 20
+
+func (m *program) policyCmd() *cobra.Command {
+	g := m.group("policy", "Manage the access policy")
+	g.AddCommand(m.policyGet(), m.policySet(), m.policyCheck())
+	return g
+}
+
+func (m *program) policyGet() *cobra.Command {
+	cmd := m.verb("get", "Print the policy in effect, as it was stored", 0, func(cmd *cobra.Command, _ []string) error {
+		c, err := m.client()
+		if err != nil {
+			return err
+		}
+		var answer struct {
+			Policy    string
+			UpdatedAt *time.Time
+		}
+		if err := c.call(cmd.Context(), "GET", "/policy", nil, &answer); err != nil {
+			return err
+		}
+		// The text is for `policy set` and for editors: it is never wrapped
+		// into JSON.
+		if !strings.HasSuffix(answer.Policy, "\n") {
+			answer.Policy += "\n"
+		}
+		_, err = io.WriteString(m.Stdout, answer.Policy)
+		return err
+	})
+	cmd.Aliases = []string{"show", "view", "fetch"}
+	return cmd
+}
+
+// readPolicy reads the file, or standard input for "-".
+func (m *program) readPolicy(path string) ([]byte, error) {
+	in := m.Stdin
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		in = f
+	}
+	b, err := io.ReadAll(io.LimitReader(in, maxPolicy+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > maxPolicy {
+		return nil, fmt.Errorf("%s: longer than %d bytes", path, maxPolicy)
+	}
+	return b, nil
+}
+
+func (m *program) policySet() *cobra.Command {
+	var path string
+	var allowAll bool
+	cmd := m.verb("set", "Replace the policy", 0, func(cmd *cobra.Command, _ []string) error {
+		text, err := m.readPolicy(path)
+		if err != nil {
+			return err
+		}
+		if !allowAll && allowsAll(text) {
+			return errors.New("this policy has neither acls nor grants, which allows everything to everybody; say --allow-all if that is meant")
+		}
+		c, err := m.client()
+		if err != nil {
+			return err
+		}
+		if err := c.call(cmd.Context(), "PUT", "/policy", map[string]string{"policy": string(text)}, nil); err != nil {
+			return inFile(err, path)
+		}
+		return m.print(result("Policy updated."), "Policy updated.")
+	})
+	cmd.Long = "The policy's own tests have to pass. A refused policy changes nothing."
+	cmd.Aliases = []string{"put", "update"}
+	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
+	cmd.Flags().BoolVar(&allowAll, "allow-all", false, "accept a policy without acls and grants, which allows everything")
+	required(cmd, "file")
+	return cmd
+}
+
+func (m *program) policyCheck() *cobra.Command {
+	var path string
+	cmd := m.verb("check", "Check a policy without storing it", 0, func(cmd *cobra.Command, _ []string) error {
+		text, err := m.readPolicy(path)
+		if err != nil {
+			return err
+		}
+		c, err := m.client()
+		if err != nil {
+			return err
+		}
+		if err := c.call(cmd.Context(), "POST", "/policy/check", map[string]string{"policy": string(text)}, nil); err != nil {
+			return inFile(err, path)
+		}
+		return m.print(result("Policy is valid"), "Policy is valid")
+	})
+	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
+	required(cmd, "file")
+	return cmd
+}
+
+// inFile puts the file's name before the positions in a server's complaint:
+// the server sees the text only and calls it policy.
+func inFile(err error, path string) error {
+	var coded codedError
+	if errors.As(err, &coded) {
+		return err
+	}
+	lines := strings.Split(err.Error(), "\n")
+	for i, l := range lines {
+		if rest, ok := strings.CutPrefix(l, "policy:"); ok {
+			lines[i] = path + ":" + rest
+		}
+	}
+	return errors.New(strings.Join(lines, "\n"))
+}
