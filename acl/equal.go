@@ -48,7 +48,7 @@ func equalSSHRule(a, b SSHRule) bool {
 	return a.Check == b.Check && a.CheckAlways == b.CheckAlways && a.CheckPeriod == b.CheckPeriod &&
 		maps.Equal(a.SSHUsers, b.SSHUsers) && slices.Equal(a.AcceptEnv, b.AcceptEnv) &&
 		slices.EqualFunc(a.Principals, b.Principals, func(x, y *tailcfg.SSHPrincipal) bool { return x.NodeIP == y.NodeIP }) &&
-		equalSSHAction(a.Action, b.Action)
+		equalSSHAction(a.Action, b.Action) && equalSSHAction(a.Accepted, b.Accepted)
 }
 
 func equalSSHAction(a, b *tailcfg.SSHAction) bool {

@@ -50,7 +50,6 @@ type Failure struct {
 	Line, Column int
 	Path         string // such as tests[0].accept[1]
 	Message      string // what was expected and what is the case
-	Static       string // hosted wording when the test itself is malformed in a way it names; else empty
 }
 
 // Warning is a remark about a valid policy.

@@ -1,6 +1,10 @@
 package acl
 
 import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"tailscale.com/tailcfg"
@@ -23,7 +27,12 @@ type SSHRule struct {
 	CheckPeriod time.Duration
 	CheckAlways bool // every connection is checked
 	Check       bool // the action is check, not accept
-	Line        int  // of the rule in the policy; not part of equality
+
+	// Accepted is the action once a check has passed; for a rule without
+	// check it is the action itself.
+	Accepted *tailcfg.SSHAction
+
+	Line int // of the rule in the policy; not part of equality
 }
 
 // Wire is the policy as the client gets it (tailcfg.MapResponse.SSHPolicy).
@@ -33,4 +42,234 @@ func (s *SSH) Wire() *tailcfg.SSHPolicy {
 		p.Rules[i] = &s.Rules[i].SSHRule
 	}
 	return p
+}
+
+// sshBuilder compiles the ssh section.
+type sshBuilder struct {
+	c     *compiler
+	rules []SSHRule
+	nodes [][]int32 // by slot: indexes in rules
+}
+
+// sshPolicies compiles the ssh section. Rules stay in document order, since
+// the client takes the first that matches.
+func (c *compiler) sshPolicies() []*SSH {
+	b := &sshBuilder{c: c, nodes: make([][]int32, c.n)}
+	for _, ru := range c.p.ssh {
+		b.rule(ru)
+	}
+	index := map[uint64][]int{}
+	out := make([]*SSH, c.n)
+	for slot := range c.n {
+		h := newHash()
+		for _, i := range b.nodes[slot] {
+			h.word(uint64(i))
+		}
+		for _, o := range index[h.sum()] {
+			if slices.Equal(b.nodes[o], b.nodes[slot]) {
+				out[slot] = out[o]
+				break
+			}
+		}
+		if out[slot] != nil {
+			continue
+		}
+		s := &SSH{Rules: make([]SSHRule, len(b.nodes[slot]))}
+		for k, i := range b.nodes[slot] {
+			s.Rules[k] = b.rules[i]
+		}
+		s.hash = hashSSH(s)
+		out[slot] = s
+		index[h.sum()] = append(index[h.sum()], slot)
+	}
+	return out
+}
+
+// rule compiles one ssh rule. With localpart users the rule splits up by
+// source user, and the hosted service then delivers each part to that user's
+// own devices too; tagged sources likewise get their part.
+func (b *sshBuilder) rule(ru *sshRule) {
+	c := b.c
+	src := newSet(c.n)
+	for i := range ru.src {
+		if nodes := c.nodes(c.p, &ru.src[i]); nodes != nil {
+			src.or(nodes)
+		}
+	}
+	if len(ru.where) > 0 {
+		src.and(c.satisfying(ru.where))
+	}
+	dst, self := newSet(c.n), false
+	for i := range ru.dst {
+		if ru.dst[i].kind == selSelf {
+			self = true
+		} else if nodes := c.nodes(c.p, &ru.dst[i]); nodes != nil {
+			dst.or(nodes)
+		}
+	}
+	if len(ru.localparts) > 0 {
+		b.splitRule(ru, src, dst, self)
+		return
+	}
+	users := sshUsers(ru)
+	if len(ru.dst) > 0 && !src.empty() && !dst.empty() {
+		b.deliver(b.add(ru, src, users), dst)
+	}
+	if !self {
+		return
+	}
+	b.eachUser(src, func(u *User, from, own set) {
+		own = own.clone()
+		for slot := range dst.all {
+			own.del(slot)
+		}
+		b.deliver(b.add(ru, from, users), own)
+	})
+}
+
+// splitRule compiles a rule with localpart users.
+func (b *sshBuilder) splitRule(ru *sshRule, src, dst set, self bool) {
+	if len(ru.dst) == 0 {
+		return
+	}
+	users := sshUsers(ru)
+	b.eachUser(src, func(u *User, from, own set) {
+		to := dst.clone()
+		to.or(from)
+		if self {
+			to.or(own)
+		}
+		b.deliver(b.add(ru, from, users), to)
+		for _, d := range ru.localparts {
+			if emailDomain(u) == d.s {
+				local, _, _ := strings.Cut(u.Email, "@")
+				b.deliver(b.add(ru, from, map[string]string{local: local}), to)
+			}
+		}
+	})
+	from := src.clone()
+	from.and(b.c.tagged)
+	if !from.empty() {
+		to := dst.clone()
+		to.or(from)
+		b.deliver(b.add(ru, from, users), to)
+	}
+}
+
+// eachUser calls f for every user, in id order, who has untagged devices among
+// the sources: these, and all of the user's devices.
+func (b *sshBuilder) eachUser(src set, f func(u *User, from, own set)) {
+	users := make([]*User, 0, len(b.c.t.Users))
+	for i := range b.c.t.Users {
+		users = append(users, &b.c.t.Users[i])
+	}
+	slices.SortFunc(users, func(x, y *User) int { return cmp.Compare(x.ID, y.ID) })
+	for _, u := range users {
+		own := newSet(b.c.n)
+		b.c.addUser(own, u)
+		from := own.clone()
+		if from.and(src); !from.empty() {
+			f(u, from, own)
+		}
+	}
+}
+
+// sshUsers maps the requested user names, localparts aside. Unless root is
+// named it has an empty entry, which keeps * from covering it.
+func sshUsers(ru *sshRule) map[string]string {
+	m := map[string]string{"root": ""}
+	for _, t := range ru.users {
+		switch {
+		case strings.HasPrefix(t.s, localpartPrefix):
+		case t.s == "autogroup:nonroot":
+			m["*"] = "="
+		default:
+			m[t.s] = t.s
+		}
+	}
+	return m
+}
+
+func (b *sshBuilder) add(ru *sshRule, from set, users map[string]string) int32 {
+	c := b.c
+	c.spend(1, maxRules, "ssh rules")
+	r := SSHRule{Check: ru.check, CheckPeriod: ru.period, CheckAlways: ru.always, Line: c.p.lineOf(ru.at)}
+	if !ru.check {
+		r.CheckPeriod = 0
+	}
+	for slot := range from.all {
+		for _, ip := range [...]string{c.text4[slot], c.text6[slot]} {
+			if ip != "" {
+				r.Principals = append(r.Principals, &tailcfg.SSHPrincipal{NodeIP: ip})
+			}
+		}
+	}
+	c.spend(len(r.Principals), maxStrings, "ssh principals")
+	r.SSHUsers = users
+	r.AcceptEnv = ru.acceptEnv
+	r.Accepted = b.accepted(ru)
+	r.Action = r.Accepted
+	if ru.check {
+		r.Action = &tailcfg.SSHAction{HoldAndDelegate: c.t.ControlURL +
+			"/machine/ssh/action/$SRC_NODE_ID/to/$DST_NODE_ID?local_user=$LOCAL_USER"}
+	}
+	b.rules = append(b.rules, r)
+	return int32(len(b.rules) - 1)
+}
+
+// recorderPort is where tsrecorder listens.
+const recorderPort = 80
+
+// accepted is the action that lets a session in, recorded where the rule
+// wants that.
+func (b *sshBuilder) accepted(ru *sshRule) *tailcfg.SSHAction {
+	a := &tailcfg.SSHAction{
+		Accept:                    true,
+		AllowAgentForwarding:      true,
+		AllowLocalPortForwarding:  true,
+		AllowRemotePortForwarding: true,
+	}
+	for _, t := range ru.recorders {
+		for slot := range b.c.byTag[t.s].all {
+			n := &b.c.t.Nodes[slot]
+			for _, ip := range [...]netip.Addr{n.IPv4, n.IPv6} {
+				if ip.IsValid() {
+					a.Recorders = append(a.Recorders, netip.AddrPortFrom(ip, recorderPort))
+				}
+			}
+		}
+	}
+	if ru.enforce && len(ru.recorders) > 0 {
+		a.OnRecordingFailure = &tailcfg.SSHRecorderFailureAction{
+			RejectSessionWithMessage:    "this session must be recorded, and no recorder is reachable",
+			TerminateSessionWithMessage: "the recording of this session failed",
+		}
+	}
+	return a
+}
+
+func (b *sshBuilder) deliver(rule int32, to set) {
+	n := to.count()
+	b.c.spend(n, maxTargets, "ssh rules of nodes")
+	for slot := range to.all {
+		b.nodes[slot] = append(b.nodes[slot], rule)
+	}
+}
+
+func hashSSH(s *SSH) uint64 {
+	h := newHash()
+	for i := range s.Rules {
+		r := &s.Rules[i]
+		h.word(uint64(len(r.Principals))<<8 | uint64(len(r.AcceptEnv)))
+		h.word(uint64(r.CheckPeriod))
+		for _, p := range r.Principals {
+			h.text(p.NodeIP)
+		}
+		for _, u := range sortedKeys(r.SSHUsers) {
+			h.text(u)
+			h.text(r.SSHUsers[u])
+		}
+		h.text(r.Action.HoldAndDelegate)
+	}
+	return h.sum()
 }

@@ -1,0 +1,366 @@
+package acl
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"go4.org/netipx"
+	"tailscale.com/tailcfg"
+)
+
+// Limits on what a policy may expand to, far above what any sane one needs and
+// low enough to keep a hostile one from exhausting memory.
+const (
+	maxStrings = 8 << 20  // rendered source addresses of all distinct sources
+	maxTargets = 16 << 20 // destinations of all nodes' filters together
+	maxRules   = 1 << 20  // compiled rules, autogroup:self counting once per user
+	maxViews   = 16 << 20 // routes of all nodes' peer views together
+)
+
+// Compile computes what the policy means for the tailnet. The error is of
+// type [Errors].
+func Compile(p *Policy, t *Tailnet) (*Access, error) {
+	c := &compiler{resolver: newResolver(t), p: p, sourceIndex: map[uint64][]*source{}}
+	if errs := c.checkNames(p); len(errs) > 0 {
+		return nil, errs
+	}
+	return c.compile()
+}
+
+// compiler holds one compilation.
+type compiler struct {
+	*resolver
+	p *Policy
+
+	wild map[string]netipx.IPRange // what * means in a source
+
+	rank4, rank6 []int32  // by slot: place of the address in ranked
+	ranked       []string // all node addresses, sorted as strings
+
+	sources     []*source
+	sourceIndex map[uint64][]*source
+
+	flows []*flow
+	merge map[mergeKey]*flow
+
+	budget map[string]int
+}
+
+// overflow is the panic with which spend leaves the compilation.
+type overflow struct{ message string }
+
+// spend accounts for an expansion before it is made.
+func (c *compiler) spend(n, limit int, what string) {
+	if c.budget == nil {
+		c.budget = map[string]int{}
+	}
+	if c.budget[what] += n; c.budget[what] > limit {
+		panic(overflow{fmt.Sprintf("the policy expands to more than %d %s for this tailnet", limit, what)})
+	}
+}
+
+// program is what stays of a compilation for Check, Explain and Diff.
+type program struct {
+	*resolver
+	p     *Policy
+	flows []*flow
+}
+
+// flow is one compiled rule before it is reduced to single nodes: who may send
+// where. Rules of equal source and protocol are merged into one flow, in which
+// every part remembers its rule.
+type flow struct {
+	src   *source
+	proto int // 0 is the default set
+	parts []part
+	caps  tailcfg.PeerCapMap // of a capability rule, which has no ports
+	isCap bool
+	// silent flows make peers visible and show routes but send no filter rule:
+	// the hosted service does that for app grants with via.
+	silent bool
+	via    *via
+}
+
+// via restricts the delivery of a flow to the routers with one of some tags.
+type via struct {
+	tags  []string
+	nodes set
+	key   string
+}
+
+type mergeKey struct {
+	src   int
+	proto int
+	via   string
+}
+
+type partKind uint8
+
+const (
+	partAll      partKind = iota // *
+	partNodes                    // the nodes' own addresses
+	partRange                    // literal addresses
+	partInternet                 // autogroup:internet
+)
+
+// part is one destination of a flow.
+type part struct {
+	kind  partKind
+	rule  *rule
+	dst   int // index in rule.dst; -1 for a companion
+	ports []tailcfg.PortRange
+	nodes set
+	rng   netipx.IPRange
+	text  string // of rng
+}
+
+func (c *compiler) compile() (a *Access, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			o, ok := r.(overflow)
+			if !ok {
+				panic(r)
+			}
+			a, err = nil, Errors{c.p.errorAt(0, o.message)}
+		}
+	}()
+	c.rankAddresses()
+	c.wild = make(map[string]netipx.IPRange, 3+len(c.subnets))
+	for _, rng := range wildRanges {
+		c.wild[rangeString(rng)] = rng
+	}
+	for i := range c.subnets {
+		if sn := &c.subnets[i]; !sn.service {
+			c.wild[prefixString(sn.prefix)] = netipx.RangeOfPrefix(sn.prefix)
+		}
+	}
+	c.merge = map[mergeKey]*flow{}
+	if !c.p.declared {
+		c.rule(allowAll)
+	}
+	for _, ru := range c.p.rules {
+		c.rule(ru)
+	}
+
+	a = &Access{prog: &program{resolver: c.resolver, p: c.p, flows: c.flows}}
+	attrs := c.nodeAttrs()
+	a.filters = c.filters()
+	a.rows = c.rows()
+	a.caps = attrs.caps
+	r := c.elect()
+	a.primaries = r.primaries
+	a.self = c.selfViews(attrs, r)
+	a.base = c.baseViews(attrs)
+	a.views = c.peerViews(attrs, r, a.base)
+	a.ssh = c.sshPolicies()
+	a.approves, a.services = c.approvals()
+	return a, nil
+}
+
+// allowAll is the meaning of a document without acls and grants.
+var allowAll = &rule{
+	kind:  kindImplied,
+	src:   []selector{{kind: selAll, text: text{s: "*"}}},
+	dst:   []destination{{selector: selector{kind: selAll, text: text{s: "*"}}}},
+	ports: []protoPorts{{ports: []tailcfg.PortRange{tailcfg.PortRangeAny}}},
+}
+
+// rule compiles one rule: first what does not depend on the owner of a device,
+// then autogroup:self for each user, in both cases ports before capabilities.
+func (c *compiler) rule(ru *rule) {
+	src := c.collect(ru.src, ru.where)
+	var v *via
+	if len(ru.via) > 0 {
+		v = c.via(ru)
+	}
+	var parts []part
+	self := -1
+	for i := range ru.dst {
+		if ru.dst[i].kind == selSelf {
+			self = i
+			continue
+		}
+		parts = c.destination(parts, ru, i)
+	}
+	if len(parts) > 0 {
+		c.pair(ru, c.source(src), src.named, parts, v)
+	}
+	if self < 0 {
+		return
+	}
+	users := src.nodes
+	if src.wild {
+		users = c.untagged
+	}
+	for i := range c.t.Users {
+		own := c.byUser[c.t.Users[i].ID]
+		var senders []int32
+		for _, slot := range own {
+			if users.has(int(slot)) {
+				senders = append(senders, slot)
+			}
+		}
+		if len(senders) == 0 {
+			continue
+		}
+		nodes := newSet(c.n)
+		for _, slot := range own {
+			nodes.add(int(slot))
+		}
+		var mine []part
+		for i := range ru.dst {
+			if ru.dst[i].kind == selSelf {
+				mine = append(mine, part{kind: partNodes, rule: ru, dst: i, ports: ru.dst[i].ports, nodes: nodes})
+			}
+		}
+		c.pair(ru, c.intern(senders, nil, false), true, mine, nil)
+	}
+}
+
+func (c *compiler) via(ru *rule) *via {
+	v := &via{nodes: newSet(c.n)}
+	for _, t := range ru.via {
+		v.tags = append(v.tags, t.s)
+		if b := c.byTag[t.s]; b != nil {
+			v.nodes.or(b)
+		}
+	}
+	v.key = strings.Join(v.tags, " ")
+	return v
+}
+
+// destination appends the parts of one dst entry.
+func (c *compiler) destination(parts []part, ru *rule, i int) []part {
+	d := &ru.dst[i]
+	base := part{rule: ru, dst: i, ports: d.ports}
+	switch d.kind {
+	case selAll:
+		base.kind = partAll
+		return append(parts, base)
+	case selInternet:
+		base.kind = partInternet
+		return append(parts, base)
+	}
+	if nodes := c.nodes(c.p, &d.selector); nodes != nil {
+		base.kind, base.nodes = partNodes, nodes
+		return append(parts, base)
+	}
+	base.kind = partRange
+	for _, rng := range d.ranges(c.svc) {
+		base.rng, base.text = rng, rangeString(rng)
+		parts = append(parts, base)
+	}
+	return parts
+}
+
+// pair adds the flows from one source to some destinations.
+func (c *compiler) pair(ru *rule, src *source, named bool, parts []part, v *via) {
+	if ru.kind == kindACL {
+		if !src.empty() {
+			c.addPorts(src, ru.proto, parts, v)
+		}
+		return
+	}
+	for _, pp := range ru.ports {
+		if src.empty() {
+			break
+		}
+		withPorts := make([]part, len(parts))
+		for i, pt := range parts {
+			pt.ports = pp.ports
+			withPorts[i] = pt
+		}
+		c.addPorts(src, pp.proto, withPorts, v)
+	}
+	if len(ru.apps) > 0 && named {
+		c.addCaps(ru, src, parts, v)
+	}
+}
+
+func (c *compiler) addPorts(src *source, proto int, parts []part, v *via) {
+	key := mergeKey{src: src.id, proto: proto}
+	if v != nil {
+		key.via = v.key
+	}
+	f := c.merge[key]
+	if f == nil {
+		f = &flow{src: src, proto: proto, via: v}
+		c.merge[key] = f
+		c.addFlow(f)
+	}
+	f.parts = append(f.parts, parts...)
+}
+
+func (c *compiler) addFlow(f *flow) {
+	c.spend(1, maxRules, "rules")
+	c.flows = append(c.flows, f)
+}
+
+// companions are the capabilities that come back to the sources of a grant.
+var companions = []struct{ granted, returned tailcfg.PeerCapability }{
+	{tailcfg.PeerCapabilityTaildrive, tailcfg.PeerCapabilityTaildriveSharer},
+	{tailcfg.PeerCapabilityRelay, tailcfg.PeerCapabilityRelayTarget},
+}
+
+func (c *compiler) addCaps(ru *rule, src *source, parts []part, v *via) {
+	caps := make(tailcfg.PeerCapMap, len(ru.apps))
+	for _, app := range ru.apps {
+		caps[app.name] = app.values
+	}
+	c.addFlow(&flow{src: src, parts: parts, caps: caps, isCap: true, silent: v != nil, via: v})
+	if v != nil {
+		return
+	}
+	for _, comp := range companions {
+		if _, ok := caps[comp.granted]; ok {
+			c.addFlow(&flow{
+				src: c.partsSource(parts), parts: c.sourceParts(ru, src), isCap: true,
+				caps: tailcfg.PeerCapMap{comp.returned: nil},
+			})
+		}
+	}
+}
+
+// partsSource turns destinations into a source.
+func (c *compiler) partsSource(parts []part) *source {
+	ss := &sourceSet{nodes: newSet(c.n), extra: map[string]netipx.IPRange{}}
+	for i := range parts {
+		switch pt := &parts[i]; pt.kind {
+		case partAll:
+			ss.wild = true
+		case partNodes:
+			ss.nodes.or(pt.nodes)
+		case partRange:
+			ss.extra[pt.text] = pt.rng
+		}
+	}
+	return c.source(ss)
+}
+
+// sourceParts turns a source into destinations. What * adds to a source beyond
+// the tailnet's own ranges, the routes, is no destination of a companion.
+func (c *compiler) sourceParts(ru *rule, src *source) []part {
+	var parts []part
+	if len(src.nodes) > 0 {
+		nodes := newSet(c.n)
+		for _, slot := range src.nodes {
+			nodes.add(int(slot))
+		}
+		parts = append(parts, part{kind: partNodes, rule: ru, dst: -1, nodes: nodes})
+	}
+	wild := src.any
+	for _, s := range ru.src {
+		wild = wild || s.kind == selAll && len(ru.where) == 0
+	}
+	if wild {
+		return append(parts, part{kind: partAll, rule: ru, dst: -1})
+	}
+	for _, rng := range src.ranges {
+		parts = append(parts, part{kind: partRange, rule: ru, dst: -1, rng: rng, text: rangeString(rng)})
+	}
+	return parts
+}
+
+// prefixes splits a range for CapGrant.Dsts, which knows only CIDRs.
+func (pt *part) prefixes() []netip.Prefix { return pt.rng.Prefixes() }
