@@ -249,22 +249,28 @@ func (c *Client) await(within time.Duration, ok func(*ipnstate.Status) bool) (st
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
+	st, err = c.watch(ctx, ok)
+	return st, time.Since(start), err
+}
+
+// watch follows the notification bus until the status satisfies ok, and returns
+// that status, or the last one it saw and why it ended.
+func (c *Client) watch(ctx context.Context, ok func(*ipnstate.Status) bool) (st *ipnstate.Status, err error) {
 	bus, err := c.API.WatchIPNBus(ctx, watchMask)
 	if err != nil {
-		return nil, time.Since(start), fmt.Errorf("watch: %w", err)
+		return nil, fmt.Errorf("watch: %w", err)
 	}
 	defer bus.Close()
 	for {
 		if _, err := bus.Next(); err != nil {
-			return st, time.Since(start), err
+			return st, err
 		}
 		now, err := c.API.Status(ctx)
 		if err != nil {
-			return st, time.Since(start), err
+			return st, err
 		}
-		st = now
-		if ok(st) {
-			return st, time.Since(start), nil
+		if st = now; ok(st) {
+			return st, nil
 		}
 	}
 }

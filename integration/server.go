@@ -263,9 +263,18 @@ func (s *Server) Node(t testing.TB, addr netip.Addr) Node {
 // SetPolicy stores a policy.
 func (s *Server) SetPolicy(t testing.TB, policy string) {
 	t.Helper()
-	const file = "/run/policy.hujson"
-	if _, err := s.runInput(t.Context(), nil, policy, "sh", "-c", "cat > "+file); err != nil {
+	if _, err := s.TrySetPolicy(policy); err != nil {
 		t.Fatal(err)
 	}
-	s.CLI(t, "policy", "set", "-f", file)
+}
+
+// TrySetPolicy is SetPolicy for one that may be refused.
+func (s *Server) TrySetPolicy(policy string) (string, error) {
+	const file = "/run/policy.hujson"
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if _, err := s.runInput(ctx, nil, policy, "sh", "-c", "cat > "+file); err != nil {
+		return "", err
+	}
+	return s.TryCLI("policy", "set", "-f", file)
 }

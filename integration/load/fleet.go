@@ -45,6 +45,9 @@ type fleet struct {
 	decoding  chan struct{} // bounds how many big messages are decoded at once
 	watches   []atomic.Pointer[watch]
 	portWatch atomic.Pointer[watch]
+	// offline collects, while it is set, the slots that somebody was told are
+	// not online.
+	offline atomic.Pointer[slotSet]
 
 	mapMu   sync.Mutex
 	mapWait map[*client]chan struct{} // closed at the first map of the session
@@ -249,6 +252,27 @@ func (f *fleet) noteState(c *client, slot int, n *tailcfg.Node, at time.Time) {
 	if w := f.watches[slot].Load(); w != nil && w.node(n) {
 		w.note(c.index, at)
 	}
+	if set := f.offline.Load(); set != nil && n.Online != nil && !*n.Online {
+		set.add(slot)
+	}
+}
+
+// slotSet is a set of slots that many goroutines add to.
+type slotSet struct {
+	mu    sync.Mutex
+	slots map[int]bool
+}
+
+func (s *slotSet) add(slot int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slots[slot] = true
+}
+
+func (s *slotSet) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.slots)
 }
 
 // noteDelta is noteState for clients without a view: only what the message
@@ -266,6 +290,9 @@ func (f *fleet) noteDelta(c *client, m *message, at time.Time) {
 		}
 		if w := f.watches[p.slot].Load(); w != nil && w.change(p.change) {
 			w.note(c.index, at)
+		}
+		if set := f.offline.Load(); set != nil && p.change.Online != nil && !*p.change.Online {
+			set.add(p.slot)
 		}
 	}
 	for id, online := range m.online {

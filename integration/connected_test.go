@@ -1,0 +1,109 @@
+package integration
+
+import (
+	"testing"
+	"time"
+
+	"tailscale.com/ipn"
+	"tailscale.com/ipn/ipnstate"
+)
+
+// TestReconnectAfterTwoMinutes restarts servers whose clients have been
+// connected for more than two minutes. From then on a client tries HTTPS on
+// port 443 only, unless the URL is https anyway or http with a private address.
+//
+// The clients connect before the test becomes a parallel one, so the two
+// minutes pass while other tests run.
+func TestReconnectAfterTwoMinutes(t *testing.T) {
+	lab := Open(t)
+	const connected = 125 * time.Second
+	type group struct {
+		server  *Server
+		clients []*Client
+	}
+	var groups []group
+	for _, cfg := range []ServerConfig{{}, {TLS: true}} {
+		g := group{server: lab.Server(t, cfg)}
+		key := g.server.Key(t, g.server.User(t, "alice"), "--reusable")
+		for _, version := range Versions {
+			c := lab.Client(t, ClientConfig{Version: version, Env: g.server.Trust()})
+			g.server.Introduce(t, c.Host)
+			c.Up(t, g.server, key)
+			g.clients = append(g.clients, c)
+		}
+		groups = append(groups, g)
+	}
+	since := time.Now()
+	var vigils []*Vigil
+	for _, g := range groups {
+		for _, c := range g.clients {
+			c.AwaitPeers(t, len(g.clients)-1)
+			vigils = append(vigils, c.Vigil(t, "not running with all peers online", func(st *ipnstate.Status) bool {
+				for _, p := range st.Peer {
+					if !p.Online {
+						return true
+					}
+				}
+				return st.BackendState != ipn.Running.String() || len(st.Peer) != len(g.clients)-1
+			}))
+		}
+	}
+	t.Parallel()
+
+	select {
+	case <-time.After(connected - time.Since(since)):
+	case <-t.Context().Done():
+	}
+	for _, v := range vigils {
+		v.End(t)
+	}
+	for _, g := range groups {
+		g.server.Kill()
+	}
+	// Long enough that every client has tried in vain at least once.
+	<-time.After(4 * time.Second)
+	for _, g := range groups {
+		g.server.Start(t)
+	}
+	for _, g := range groups {
+		t.Log("clients of", g.server.URL)
+		comeBack(t, g.server, g.clients...)
+		for _, c := range g.clients {
+			c.AwaitPeers(t, len(g.clients)-1)
+		}
+	}
+}
+
+// TestEphemeralNodeIsRemoved lets an ephemeral client vanish without a word: it
+// goes offline at once, and away after the time that was configured. Like the
+// test above it mostly waits.
+func TestEphemeralNodeIsRemoved(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{Env: []string{"SIGNALBOX_NODE_EPHEMERAL_INACTIVITY_TIMEOUT=66s"}})
+	user := server.User(t, "alice")
+	stays := lab.Client(t, ClientConfig{Name: "stays"})
+	stays.Up(t, server, server.Key(t, user))
+	lasting := lab.Client(t, ClientConfig{Name: "lasting"})
+	lasting.Up(t, server, server.Key(t, user))
+	job := lab.Client(t, ClientConfig{Name: "job"})
+	job.Up(t, server, server.Key(t, user, "--ephemeral"))
+	stays.AwaitPeers(t, 2)
+	addr, other := job.IPv4(t), lasting.IPv4(t)
+	job.Kill()
+	lasting.Kill()
+	killed := time.Now()
+	t.Parallel()
+
+	stays.Await(t, "the ephemeral peer gone", 90*time.Second-time.Since(killed), func(st *ipnstate.Status) bool {
+		return Peer(st, addr) == nil
+	})
+	t.Logf("gone %v after it was killed", time.Since(killed).Round(time.Second))
+	if p := Peer(stays.Status(t), other); p == nil || p.Online {
+		t.Errorf("the lasting peer is %+v, want it offline", p)
+	}
+	for _, n := range server.Nodes(t) {
+		if n.GivenName == "job" {
+			t.Errorf("the server still lists %+v", n)
+		}
+	}
+}

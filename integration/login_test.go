@@ -1,0 +1,110 @@
+package integration
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"path"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/ipn/ipnstate"
+)
+
+// TestInteractiveLogin joins clients of each version without a key: the client
+// names a page, the page shows the device, an admin approves it on the command
+// line, and the waiting client goes on at once.
+func TestInteractiveLogin(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{})
+	server.User(t, "alice")
+	for i, version := range Versions {
+		t.Run(version, func(t *testing.T) {
+			c := lab.Client(t, ClientConfig{Version: version, Name: fmt.Sprintf("laptop-%d", i)})
+			page, wait := c.Login(t, server)
+			if want := server.URL + "/register/"; !strings.HasPrefix(page, want) {
+				t.Errorf("the login page is %s, want one below %s", page, want)
+			}
+			id := path.Base(page)
+			body := server.Get(t, page, http.StatusOK)
+			last := id[len(id)-8:]
+			for _, want := range []string{c.Name, last[:4], last[4:]} {
+				if !strings.Contains(body, want) {
+					t.Errorf("the login page does not show %q:\n%s", want, body)
+				}
+			}
+			if nodes := server.Nodes(t); len(nodes) != i {
+				t.Errorf("before the approval there are nodes %+v", nodes)
+			}
+			server.CLI(t, "auth", "register", "--user", "alice", "--auth-id", id)
+			approved := time.Now()
+			wait()
+			c.AwaitRunning(t)
+			t.Logf("running %v after the approval", time.Since(approved).Round(time.Millisecond))
+			if n := server.Node(t, c.IPv4(t)); n.User.Name != "alice" {
+				t.Errorf("the node is %+v, want it alice's", n)
+			}
+			if _, err := server.TryCLI("auth", "register", "--user", "alice", "--auth-id", id); err == nil {
+				t.Error("the same login was approved twice")
+			}
+		})
+	}
+}
+
+// TestRejectedLogin has an admin reject a login: the device gets no node.
+func TestRejectedLogin(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{})
+	c := lab.Client(t, ClientConfig{})
+	page, _ := c.Login(t, server)
+	server.CLI(t, "auth", "reject", "--auth-id", path.Base(page))
+	if nodes := server.Nodes(t); len(nodes) != 0 {
+		t.Errorf("nodes are %+v", nodes)
+	}
+	if st := c.Status(t); len(st.TailscaleIPs) != 0 {
+		t.Errorf("the client has addresses:\n%s", describe(st))
+	}
+}
+
+// TestInteractiveRenewal has a connected client log in again by the page: it
+// keeps its node, and its old key serves it until the approval.
+func TestInteractiveRenewal(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{})
+	a := lab.Client(t, ClientConfig{Name: "a"})
+	b := lab.Client(t, ClientConfig{Name: "b"})
+	two(t, server, a, b)
+	addr := b.IPv4(t)
+	before := server.Node(t, addr)
+	page, wait := b.Login(t, server, "--force-reauth")
+	a.AwaitTCP(t, addr, 7000, 10*time.Second)
+	server.CLI(t, "auth", "register", "--user", "alice", "--auth-id", path.Base(page))
+	wait()
+	b.Await(t, "running with the same address", 10*time.Second, func(st *ipnstate.Status) bool {
+		return st.BackendState == "Running" && len(st.TailscaleIPs) > 0 && st.TailscaleIPs[0] == addr
+	})
+	if after := server.Node(t, addr); after.ID != before.ID || after.NodeKey == before.NodeKey {
+		t.Errorf("renewed node is %+v, before it was %+v", after, before)
+	}
+	a.AwaitTCP(t, addr, 7000, 10*time.Second)
+}
+
+// Get fetches a page of the server and checks its status code.
+func (s *Server) Get(t testing.TB, url string, want int) (body string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "GET", url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := s.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != want {
+		t.Fatalf("GET %s: %s, %v, want %d:\n%s", url, res.Status, err, want, b)
+	}
+	return string(b)
+}

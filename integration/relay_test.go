@@ -1,0 +1,116 @@
+package integration
+
+import (
+	"context"
+	"encoding/json"
+	"testing"
+	"time"
+)
+
+// region returns the code of the relay region that the server embeds.
+func region(t *testing.T, c *Client) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	m, err := c.API.CurrentDERPMap(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(m.Regions) != 1 {
+		t.Fatalf("the client knows %d relay regions, want the server's own only", len(m.Regions))
+	}
+	for _, r := range m.Regions {
+		return r.RegionCode
+	}
+	return ""
+}
+
+// relayed checks that two clients talk both ways, by packets that go through
+// the server's relay.
+func relayed(t *testing.T, a, b *Client) {
+	t.Helper()
+	code := region(t, a)
+	a.AwaitPeers(t, 1)
+	b.AwaitPeers(t, 1)
+	for _, pair := range [][2]*Client{{a, b}, {b, a}} {
+		from, to := pair[0], pair[1]
+		from.PingRelayed(t, to, code)
+		from.Ping(t, to.IPv4(t))
+		from.Ping(t, to.IPv6(t))
+		from.AwaitTCP(t, to.IPv4(t), 7000, 10*time.Second)
+	}
+}
+
+// pair joins two clients of one user.
+func pair(t *testing.T, server *Server, a, b *Client) {
+	t.Helper()
+	key := server.Key(t, server.User(t, "alice"), "--reusable")
+	for _, c := range []*Client{a, b} {
+		server.Introduce(t, c.Host)
+		c.Up(t, server, key)
+		c.Echo(t, 7000)
+	}
+}
+
+// TestRelayWithoutUDP joins two clients whose networks carry no UDP. Nothing
+// but the zero-configuration server with its pinned certificate is there.
+func TestRelayWithoutUDP(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{})
+	a := lab.Client(t, ClientConfig{Version: Versions[1], NoUDP: true})
+	b := lab.Client(t, ClientConfig{Version: Versions[2], NoUDP: true})
+	pair(t, server, a, b)
+	relayed(t, a, b)
+}
+
+// TestRelayWithTrustedCertificate does the same on a server that has a name and
+// a certificate, where the oldest client relays too.
+func TestRelayWithTrustedCertificate(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{TLS: true})
+	a := lab.Client(t, ClientConfig{Version: Versions[0], NoUDP: true, Env: server.Trust()})
+	b := lab.Client(t, ClientConfig{Version: Versions[2], NoUDP: true, Env: server.Trust()})
+	pair(t, server, a, b)
+	relayed(t, a, b)
+}
+
+// TestEasyNATsFindDirectPath puts both clients behind routers that keep a
+// socket's outer port, so that the STUN answer is worth something.
+func TestEasyNATsFindDirectPath(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{})
+	a := lab.Client(t, ClientConfig{Name: "a", NAT: EasyNAT})
+	b := lab.Client(t, ClientConfig{Name: "b", NAT: EasyNAT, Version: Versions[1]})
+	pair(t, server, a, b)
+	a.AwaitPeers(t, 1)
+	via := a.PingDirect(t, b)
+	if !network.Contains(via.Addr()) {
+		t.Errorf("the direct path goes to %v, want the outer side of b's router", via)
+	}
+	a.AwaitTCP(t, b.IPv4(t), 7000, 10*time.Second)
+	b.AwaitTCP(t, a.IPv4(t), 7000, 10*time.Second)
+}
+
+// TestHardNATsAreRelayed puts both clients behind routers that take a new port
+// for every destination: they can only meet at the relay, and they know it,
+// since STUN answers on two ports.
+func TestHardNATsAreRelayed(t *testing.T) {
+	lab := Open(t)
+	server := lab.Server(t, ServerConfig{})
+	a := lab.Client(t, ClientConfig{Name: "a", NAT: HardNAT})
+	b := lab.Client(t, ClientConfig{Name: "b", NAT: HardNAT, Version: Versions[1]})
+	pair(t, server, a, b)
+	relayed(t, a, b)
+
+	out := a.Tailscale(t, "netcheck", "--format=json")
+	var report struct {
+		UDP                   bool
+		MappingVariesByDestIP *bool
+	}
+	if err := json.Unmarshal([]byte(out), &report); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if !report.UDP || report.MappingVariesByDestIP == nil || !*report.MappingVariesByDestIP {
+		t.Errorf("netcheck does not tell that the NAT is hard: %s", out)
+	}
+}
