@@ -81,14 +81,14 @@ func (l *loader) makeAbs(k *key) {
 func (l *loader) addresses() {
 	c, s := l.cfg, &l.cfg.DERP.Server
 	u, err := url.Parse(c.ServerURL)
-	if err != nil || u.Host == "" {
-		return // validate says so
+	if err != nil {
+		u = &url.URL{} // validate says so
 	}
 	host := "127.0.0.1"
 	if h, _, err := net.SplitHostPort(c.ListenAddr); err == nil {
 		host = h
 	}
-	if l.o.URL != "" {
+	if l.o.URL != "" && u.Host != "" {
 		host = l.bindHost(u.Hostname())
 		port := u.Port()
 		if port == "" {

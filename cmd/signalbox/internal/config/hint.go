@@ -4,31 +4,35 @@ import (
 	"strings"
 )
 
-// nearest returns the name that word was most likely meant to be, or "". A
-// name counts when it differs in at most a third of its characters, or when
-// the word is a whole element of exactly one name (`stun_listen_addr` written
-// at the top level).
+// nearest returns the name that word was most likely meant to be, or "": a
+// name that ends in the word's last element, when just one does
+// (`stun_listen_addr` written at the top level), else the one with the fewest
+// differing characters, a third of them at most.
 func nearest(word string, names []string) string {
 	lower := strings.ToLower(word)
+	if n, ok := sameEnding(lower, names); ok {
+		return n
+	}
 	best, bestDist := "", len(word)/3+2
 	for _, n := range names {
 		if d := distance(lower, n); d < bestDist {
 			best, bestDist = n, d
 		}
 	}
-	if best != "" {
-		return best
-	}
-	last := lower[strings.LastIndexByte(lower, '.')+1:]
+	return best
+}
+
+func sameEnding(word string, names []string) (found string, ok bool) {
+	last := word[strings.LastIndexByte(word, '.')+1:]
 	for _, n := range names {
 		if n[strings.LastIndexByte(n, '.')+1:] == last {
-			if best != "" {
-				return ""
+			if ok {
+				return "", false
 			}
-			best = n
+			found, ok = n, true
 		}
 	}
-	return best
+	return found, ok
 }
 
 // distance is the number of single-character edits (insert, delete, replace,
