@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/coder/websocket"
@@ -118,6 +119,7 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	pings := rateCounter{limit: s.lim.ControlFrames}
+	var flood sync.Once
 	hj := &hijackCatcher{ResponseWriter: w}
 	ws, err := websocket.Accept(hj, r, &websocket.AcceptOptions{
 		Subprotocols: []string{controlhttpcommon.UpgradeHeaderValue},
@@ -125,12 +127,15 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		InsecureSkipVerify: true,
 		CompressionMode:    websocket.CompressionDisabled,
 		OnPingReceived: func(context.Context, []byte) bool {
-			if !pings.allow(s.cfg.Now(), 1) {
+			if pings.allow(s.cfg.Now(), 1) {
+				return true
+			}
+			// More pings may be in the read buffer already.
+			flood.Do(func() {
 				s.counts.flooded.Add(1)
 				hj.conn.Close()
-				return false
-			}
-			return true
+			})
+			return false
 		},
 	})
 	if err != nil {
@@ -157,6 +162,12 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 // handshake checks and computes a handshake, and leaves its answer in the
 // returned session's wire. No lock is held and nothing is kept for a refusal.
 func (s *Server) handshake(r *http.Request, b64 string) (*session, *refusal) {
+	s.mu.Lock()
+	draining := s.draining
+	s.mu.Unlock()
+	if draining {
+		return nil, &refusal{status: http.StatusServiceUnavailable, retry: time.Second, text: "shutting down"}
+	}
 	init, err := decodeInitiation(b64)
 	if err != nil {
 		s.counts.malformed.Add(1)
