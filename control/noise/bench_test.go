@@ -1,0 +1,210 @@
+package noise
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// countingConn counts the system calls that leave the server.
+type countingConn struct {
+	net.Conn
+	writes atomic.Int32
+}
+
+func (c *countingConn) Write(p []byte) (int, error) {
+	c.writes.Add(1)
+	return c.Conn.Write(p)
+}
+
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// BenchmarkMessage sends messages of 64 KiB to one client, which decrypts and
+// discards them in the same process: cpu-us/op is both sides together.
+func BenchmarkMessage(b *testing.B) {
+	const size = 64 << 10
+	for _, piece := range []int{4000, 8000, size} {
+		b.Run(fmt.Sprintf("pieces of %d", piece), func(b *testing.B) {
+			next := make(chan struct{})
+			g := newRig(b, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				w.(http.Flusher).Flush()
+				message := make([]byte, size)
+				for range next {
+					for p := message; len(p) > 0; {
+						n := min(piece, len(p))
+						w.Write(p[:n])
+						p = p[n:]
+					}
+					w.(http.Flusher).Flush()
+				}
+			}, nil)
+			cc := g.client(g.node())
+			req, _ := http.NewRequest("POST", "https://unused/machine/map", bytes.NewReader(make([]byte, 500)))
+			res, err := cc.RoundTrip(req)
+			if err != nil {
+				b.Fatal(err)
+			}
+			buf := make([]byte, size)
+			b.SetBytes(size)
+			b.ReportAllocs()
+			before := cpuTime()
+			for b.Loop() {
+				next <- struct{}{}
+				if _, err := io.ReadFull(res.Body, buf); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64((cpuTime()-before).Microseconds())/float64(b.N), "cpu-us/op")
+			close(next)
+		})
+	}
+}
+
+// BenchmarkHandshake is connect, handshake, one request and close; cpu-us/op
+// is both sides together.
+func BenchmarkHandshake(b *testing.B) {
+	g := newRig(b, echo, nil)
+	k := g.node()
+	before := cpuTime()
+	for b.Loop() {
+		nc, err := g.dial(k, currentVersion)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := bareRequest(nc, "/machine/whoami"); err != nil {
+			b.Fatal(err)
+		}
+		nc.Close()
+	}
+	b.ReportMetric(float64((cpuTime()-before).Microseconds())/float64(b.N), "cpu-us/op")
+}
+
+// BenchmarkIdleSession holds b.N sessions whose map stream has received 50 KB
+// and reports what each costs, the client's end (a bare Noise connection, its
+// socket and reading goroutine) included. Run it with -benchtime 2000x.
+func BenchmarkIdleSession(b *testing.B) {
+	message := make([]byte, 50_000)
+	g := newRig(b, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		for p := message; len(p) > 0; {
+			n := min(8000, len(p))
+			w.Write(p[:n])
+			p = p[n:]
+		}
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	}, nil)
+	measure := func() (heap, stack uint64, goroutines int) {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc, m.StackInuse, runtime.NumGoroutine()
+	}
+	h0, s0, g0 := measure()
+	conns := make([]net.Conn, 0, b.N)
+	for range b.N {
+		nc, err := g.dial(g.node(), currentVersion)
+		if err != nil {
+			b.Fatal(err)
+		}
+		conns = append(conns, nc)
+		if err := readStream(nc, len(message)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	h1, s1, g1 := measure()
+	n := float64(b.N)
+	b.ReportMetric(float64(h1-h0)/n/1024, "heap-KiB/session")
+	b.ReportMetric(float64(s1-s0)/n/1024, "stack-KiB/session")
+	b.ReportMetric(float64(g1-g0)/n, "goroutines/session")
+	for _, c := range conns {
+		c.Close()
+	}
+}
+
+// readStream posts a map request of 1.5 KB and reads size bytes of the answer.
+func readStream(nc net.Conn, size int) error {
+	var block, out bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, f := range []hpack.HeaderField{
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "https"},
+		{Name: ":authority", Value: "unused"}, {Name: ":path", Value: "/machine/map"},
+	} {
+		enc.WriteField(f)
+	}
+	out.WriteString(http2.ClientPreface)
+	fr := http2.NewFramer(&out, nil)
+	fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 4 << 20})
+	fr.WriteWindowUpdate(0, 1<<30)
+	fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+	fr.WriteData(1, true, make([]byte, 1500))
+	if _, err := nc.Write(out.Bytes()); err != nil {
+		return err
+	}
+	var head [9]byte
+	for got := 0; got < size; {
+		if _, err := io.ReadFull(nc, head[:]); err != nil {
+			return err
+		}
+		n := int(binary.BigEndian.Uint32(head[:]) >> 8)
+		if _, err := io.CopyN(io.Discard, nc, int64(n)); err != nil {
+			return err
+		}
+		if http2.FrameType(head[3]) == http2.FrameData {
+			got += n
+		}
+	}
+	return nil
+}
+
+func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
+	var server *countingConn
+	catch := make(chan struct{})
+	g := newRig(t, echo, nil)
+	big := make([]byte, 16<<10)
+	g.Server.cfg.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.(http.Flusher).Flush()
+		<-catch
+		w.Write(big)
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	})
+	k := g.node()
+	cc := g.client(k)
+	req, _ := http.NewRequest("POST", "https://unused/machine/map", nil)
+	res, err := cc.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// All writes of the answer's head have happened; nothing writes until the
+	// handler is let go.
+	g.mu.Lock()
+	c := g.machines[k.Public()]
+	server = &countingConn{Conn: c.wire.Conn}
+	c.wire.Conn = server
+	g.mu.Unlock()
+	close(catch)
+	if _, err := io.ReadFull(res.Body, big); err != nil {
+		t.Fatal(err)
+	}
+	if n := server.writes.Load(); n != 1 {
+		t.Errorf("a frame of 16 KiB took %d writes", n)
+	}
+}
