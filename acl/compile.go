@@ -166,56 +166,93 @@ var allowAll = &rule{
 	ports: []protoPorts{{ports: []tailcfg.PortRange{tailcfg.PortRangeAny}}},
 }
 
-// rule compiles one rule: first what does not depend on the owner of a device,
-// then autogroup:self for each user, in both cases ports before capabilities.
+// rule compiles one rule. Ports come before capabilities. Where autogroup:self
+// is among the destinations, the hosted service takes those that are no
+// autogroups first and then the autogroups in their order.
 func (c *compiler) rule(ru *rule) {
 	src := c.collect(ru.src, ru.where)
 	var v *via
 	if len(ru.via) > 0 {
 		v = c.via(ru)
 	}
-	var parts []part
-	self := -1
+	var parts, plain []part
+	self := false
 	for i := range ru.dst {
-		if ru.dst[i].kind == selSelf {
-			self = i
+		switch ru.dst[i].kind {
+		case selSelf:
+			self = true
 			continue
+		case selMember, selTagged, selRole, selInternet:
+		default:
+			plain = c.destination(plain, ru, i)
 		}
 		parts = c.destination(parts, ru, i)
 	}
-	if len(parts) > 0 {
-		c.pair(ru, c.source(src), src.named, parts, v)
-	}
-	if self < 0 {
+	from := c.source(src)
+	if !self {
+		c.ports(ru, from, parts, v)
+		c.caps(ru, from, src.named, parts, v)
 		return
 	}
-	users := src.nodes
-	if src.wild {
-		users = c.untagged
+	owners := c.owners(src)
+	c.ports(ru, from, plain, v)
+	for i := range ru.dst {
+		switch ru.dst[i].kind {
+		case selSelf:
+			for _, o := range owners {
+				c.ports(ru, o.src, []part{o.part(ru, i)}, nil)
+			}
+		case selMember, selTagged, selRole, selInternet:
+			c.ports(ru, from, c.destination(nil, ru, i), v)
+		}
 	}
+	c.caps(ru, from, src.named, parts, v)
+	for i := range ru.dst {
+		if ru.dst[i].kind == selSelf {
+			for _, o := range owners {
+				c.caps(ru, o.src, true, []part{o.part(ru, i)}, nil)
+			}
+			break
+		}
+	}
+}
+
+// owner is a user as autogroup:self sees one: those of the user's devices that
+// may send, and all of them.
+type owner struct {
+	src *source
+	all set
+}
+
+func (o *owner) part(ru *rule, dst int) part {
+	return part{kind: partNodes, rule: ru, dst: dst, ports: ru.dst[dst].ports, nodes: o.all}
+}
+
+// owners lists the users with devices among the sources.
+func (c *compiler) owners(src *sourceSet) []*owner {
+	from := src.nodes
+	if src.wild {
+		from = c.untagged
+	}
+	var out []*owner
 	for i := range c.t.Users {
 		own := c.byUser[c.t.Users[i].ID]
 		var senders []int32
 		for _, slot := range own {
-			if users.has(int(slot)) {
+			if from.has(int(slot)) {
 				senders = append(senders, slot)
 			}
 		}
 		if len(senders) == 0 {
 			continue
 		}
-		nodes := newSet(c.n)
+		o := &owner{src: c.intern(senders, nil, false), all: newSet(c.n)}
 		for _, slot := range own {
-			nodes.add(int(slot))
+			o.all.add(int(slot))
 		}
-		var mine []part
-		for i := range ru.dst {
-			if ru.dst[i].kind == selSelf {
-				mine = append(mine, part{kind: partNodes, rule: ru, dst: i, ports: ru.dst[i].ports, nodes: nodes})
-			}
-		}
-		c.pair(ru, c.intern(senders, nil, false), true, mine, nil)
+		out = append(out, o)
 	}
+	return out
 }
 
 func (c *compiler) via(ru *rule) *via {
@@ -254,18 +291,16 @@ func (c *compiler) destination(parts []part, ru *rule, i int) []part {
 	return parts
 }
 
-// pair adds the flows from one source to some destinations.
-func (c *compiler) pair(ru *rule, src *source, named bool, parts []part, v *via) {
+// ports adds what the rule allows from one source to some destinations.
+func (c *compiler) ports(ru *rule, src *source, parts []part, v *via) {
+	if src.empty() || len(parts) == 0 {
+		return
+	}
 	if ru.kind == kindACL {
-		if !src.empty() {
-			c.addPorts(src, ru.proto, parts, v)
-		}
+		c.addPorts(src, ru.proto, parts, v)
 		return
 	}
 	for _, pp := range ru.ports {
-		if src.empty() {
-			break
-		}
 		withPorts := make([]part, len(parts))
 		for i, pt := range parts {
 			pt.ports = pp.ports
@@ -273,7 +308,12 @@ func (c *compiler) pair(ru *rule, src *source, named bool, parts []part, v *via)
 		}
 		c.addPorts(src, pp.proto, withPorts, v)
 	}
-	if len(ru.apps) > 0 && named {
+}
+
+// caps adds what the rule grants to applications. A source list that denotes
+// nobody still makes a rule; an empty one does not.
+func (c *compiler) caps(ru *rule, src *source, named bool, parts []part, v *via) {
+	if len(ru.apps) > 0 && named && len(parts) > 0 {
 		c.addCaps(ru, src, parts, v)
 	}
 }

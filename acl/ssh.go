@@ -51,12 +51,17 @@ type sshBuilder struct {
 	nodes [][]int32 // by slot: indexes in rules
 }
 
-// sshPolicies compiles the ssh section. Rules stay in document order, since
-// the client takes the first that matches.
+// sshPolicies compiles the ssh section. The client takes the first rule that
+// matches, and the stricter action is to win: rules that check come before
+// those that accept, otherwise in document order.
 func (c *compiler) sshPolicies() []*SSH {
 	b := &sshBuilder{c: c, nodes: make([][]int32, c.n)}
-	for _, ru := range c.p.ssh {
-		b.rule(ru)
+	for _, check := range [...]bool{true, false} {
+		for _, ru := range c.p.ssh {
+			if ru.check == check {
+				b.rule(ru)
+			}
+		}
 	}
 	index := map[uint64][]int{}
 	out := make([]*SSH, c.n)

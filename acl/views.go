@@ -190,6 +190,13 @@ func (c *compiler) subnetViews(items []shown, r *routing, p netip.Prefix) []show
 			f.src.cover.orInto(taken)
 		}
 	}
+	// Whom the subnet may send to must accept its packets, so it sees the
+	// route as well.
+	for _, s := range c.sources {
+		if c.sourceIn(s, rng) {
+			s.deliver.orInto(taken)
+		}
+	}
 	for _, slot := range r.routers[p] {
 		taken.add(slot)
 	}
@@ -235,6 +242,25 @@ func (c *compiler) touches(f *flow, rng netipx.IPRange) bool {
 		}
 	}
 	return false
+}
+
+// sourceIn reports whether the source has an address in the range.
+func (c *compiler) sourceIn(s *source, rng netipx.IPRange) bool {
+	if s.any {
+		return true
+	}
+	for _, r := range s.ranges {
+		if r.Overlaps(rng) {
+			return true
+		}
+	}
+	found := false
+	c.within(rng, func(slot int) {
+		if !found {
+			_, found = slices.BinarySearch(s.nodes, int32(slot))
+		}
+	})
+	return found
 }
 
 // appendShown adds an item for the viewers without those in except and without
