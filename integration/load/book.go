@@ -43,15 +43,16 @@ type derivation struct {
 type book struct {
 	owners map[key.NodePublic]int // client of a node key; fixed after newBook
 
-	mu       sync.RWMutex
-	peers    map[string]*peer
-	patches  map[string]*patch
-	derived  map[derivation]*peer
-	filters  map[string]*filter
-	profiles map[string][]tailcfg.UserID
-	messages map[string]*message
-	slots    map[tailcfg.NodeID]int
-	slotIDs  []tailcfg.NodeID // by slot; 0 = free
+	mu           sync.RWMutex
+	peers        map[string]*peer
+	patches      map[string]*patch
+	derived      map[derivation]*peer
+	filters      map[string]*filter
+	profiles     map[string][]tailcfg.UserID
+	messages     map[string]*message // by compressed bytes, of which
+	messageBytes int                 // is the sum
+	slots        map[tailcfg.NodeID]int
+	slotIDs      []tailcfg.NodeID // by slot; 0 = free
 }
 
 // maxInterned bounds each table of a book. Forgetting is harmless: views keep
@@ -81,7 +82,7 @@ func (b *book) forget() {
 	b.derived = map[derivation]*peer{}
 	b.filters = map[string]*filter{}
 	b.profiles = map[string][]tailcfg.UserID{}
-	b.messages = map[string]*message{}
+	b.messages, b.messageBytes = map[string]*message{}, 0
 }
 
 // slot returns the slot of a node ID. A node is filed under the client whose

@@ -226,7 +226,7 @@ func (c *client) endView() {
 
 // maxSmall is the longest message that a client without a view still reads:
 // deltas are below it, full maps of many peers above.
-const maxSmall = 4 << 10
+const maxSmall = maxShared
 
 // receive reads and applies one message of the stream.
 func (c *client) receive(r io.Reader, size int) error {
@@ -258,8 +258,17 @@ func (c *client) receive(r io.Reader, size int) error {
 		c.fleet.faults.add("undecodable message", "client %d: %v", c.index, err)
 		return err
 	}
+	if c.index < strictClients {
+		if err := strict(z, m); err != nil {
+			c.fleet.faults.add("message unlike encoding/json", "client %d: %v", c.index, err)
+		}
+	}
 	return c.take(m, z, at)
 }
+
+// strictClients is how many clients also decode every message as the stock
+// client does, whole and by encoding/json.
+const strictClients = 2
 
 func (c *client) take(m *message, z []byte, at time.Time) error {
 	c.viewMu.Lock()
@@ -351,7 +360,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 // run keeps a map stream open until ctx ends, beginning with link l.
 func (c *client) run(ctx context.Context, l *link) {
 	for {
-		epoch := int(c.fleet.epoch.Load())
+		epoch, down := int(c.fleet.epoch.Load()), c.fleet.down.Load()
 		err := c.hold(ctx, l)
 		l = nil
 		if ctx.Err() != nil {
@@ -366,7 +375,9 @@ func (c *client) run(ctx context.Context, l *link) {
 			}
 			continue
 		}
-		c.fleet.broken(c, epoch, err)
+		if !down {
+			c.fleet.broken(c, epoch, err)
+		}
 		if !pause(ctx, backoff()) {
 			return
 		}

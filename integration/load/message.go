@@ -1,8 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"tailscale.com/tailcfg"
@@ -27,8 +30,12 @@ type message struct {
 	decoded   int // bytes of JSON
 }
 
-// maxShared is the longest compressed message that is looked up as a whole.
-const maxShared = 8 << 10
+// maxShared is the longest compressed message that is looked up as a whole,
+// maxSharedSum how much of these is kept.
+const (
+	maxShared    = 64 << 10
+	maxSharedSum = 64 << 20
+)
 
 // maxDecoded bounds one decoded message, as clients from v1.104 do.
 const maxDecoded = 1 << 30
@@ -56,8 +63,8 @@ func (b *book) message(z []byte) (*message, error) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.messages) >= 4096 {
-		b.messages = map[string]*message{}
+	if b.messageBytes += len(z); b.messageBytes > maxSharedSum {
+		b.messages, b.messageBytes = map[string]*message{}, len(z)
 	}
 	b.messages[string(z)] = m
 	return m, nil
@@ -184,4 +191,30 @@ func (b *book) peerList(value []byte) ([]*peer, error) {
 		return err
 	})
 	return list, err
+}
+
+// strict decodes z by encoding/json and reports where m differs.
+func strict(z []byte, m *message) error {
+	text, err := zstdframe.AppendDecode(nil, z, zstdframe.MaxDecodedSize(maxDecoded))
+	if err != nil {
+		return err
+	}
+	var r tailcfg.MapResponse
+	if err := json.Unmarshal(text, &r); err != nil {
+		return err
+	}
+	got := [...]int{len(m.peers), len(m.changed), len(m.removed), len(m.patches), len(m.seen), len(m.online)}
+	want := [...]int{len(r.Peers), len(r.PeersChanged), len(r.PeersRemoved), len(r.PeersChangedPatch), len(r.PeerSeenChange), len(r.OnlineChange)}
+	if got != want || m.keepAlive != r.KeepAlive || (m.node != nil) != (r.Node != nil) {
+		return fmt.Errorf("scanned %v, encoding/json has %v", got, want)
+	}
+	for i, p := range m.peers {
+		if p.node.ID != r.Peers[i].ID || p.node.Key != r.Peers[i].Key {
+			return fmt.Errorf("peer %d: scanned %v, encoding/json has %v", i, p.node.ID, r.Peers[i].ID)
+		}
+	}
+	if !slices.IsSortedFunc(r.Peers, func(a, b *tailcfg.Node) int { return cmp.Compare(a.ID, b.ID) }) {
+		return errors.New("Peers are not sorted by ID")
+	}
+	return nil
 }

@@ -163,6 +163,9 @@ func (r *run) change(ctx context.Context, n int) {
 	var cpu time.Duration
 	var in int64
 	for _, c := range r.subjects(n) {
+		if ctx.Err() != nil {
+			break
+		}
 		before := r.usage()
 		w, ack, err := r.move(ctx, c)
 		if err != nil {
