@@ -34,8 +34,8 @@ func (l *loader) env(env []string) {
 		for _, kv := range env {
 			name, value, _ := strings.Cut(kv, "=")
 			rest, ok := strings.CutPrefix(name, prefix)
-			if !ok || rest == "CONFIG" {
-				continue
+			if !ok || rest == "CONFIG" || value == "" {
+				continue // empty is unset, as in Headscale: container files often pass it on
 			}
 			if k := byVar[rest]; k != nil {
 				l.set(k, Origin{Env: name}, envNode(k, value))

@@ -9,6 +9,9 @@ import (
 // (`stun_listen_addr` written at the top level), else the one with the fewest
 // differing characters, a third of them at most.
 func nearest(word string, names []string) string {
+	if len(word) > 100 {
+		return "" // no key is nearly as long
+	}
 	lower := strings.ToLower(word)
 	if n, ok := sameEnding(lower, names); ok {
 		return n

@@ -60,6 +60,7 @@ type loader struct {
 	o        Overrides
 	cwd      string
 	problems Problems
+	merging  int // depth of merge keys
 }
 
 func newLoader(o Overrides) *loader {
@@ -192,7 +193,7 @@ func (l *loader) section(file, prefix string, n *yaml.Node) {
 		kn, vn := n.Content[i], n.Content[i+1]
 		o := Origin{File: file, Line: kn.Line, Col: kn.Column}
 		if kn.Tag == "!!merge" {
-			l.section(file, prefix, vn)
+			l.merge(o, prefix, vn)
 			continue
 		}
 		name := prefix + kn.Value
@@ -203,6 +204,18 @@ func (l *loader) section(file, prefix string, n *yaml.Node) {
 		seen[kn.Value] = kn.Line
 		l.entry(o, name, vn)
 	}
+}
+
+// merge reads what a YAML merge key (<<) refers to. An anchor may contain a
+// reference to itself, so the nesting is bounded.
+func (l *loader) merge(o Origin, prefix string, n *yaml.Node) {
+	if l.merging >= 10 {
+		l.problem(o, strings.TrimSuffix(prefix, "."), "merge keys (<<) are nested too deep")
+		return
+	}
+	l.merging++
+	defer func() { l.merging-- }()
+	l.section(o.File, prefix, n)
 }
 
 func (l *loader) entry(o Origin, name string, vn *yaml.Node) {
