@@ -108,6 +108,11 @@ type Config struct {
 	// behind a trusted proxy. Nil means the connection's remote address.
 	Source func(*http.Request) netip.AddrPort
 
+	// ClientRate and ClientBurst bound what one client may send, in bytes a
+	// second and bytes. A client above it is slowed down, not cut off. Zero
+	// ClientRate means no bound.
+	ClientRate, ClientBurst uint64
+
 	// OnDuplicate is called when a key gets a second admitted connection
 	// while the first is open: a client that just reconnected, or a cloned
 	// node. It must not block. Nil means that only the counter moves.
@@ -186,6 +191,10 @@ func New(cfg Config) (*Server, error) {
 		cfg.Log.Debug("relay", "msg", fmt.Sprintf(format, args...))
 	})
 	s.relay.SetVerifyClientURL(admissionURL)
+	s.relay.UpdateRateLimits(derpserver.RateConfig{
+		PerClientRateLimitBytesPerSec: cfg.ClientRate,
+		PerClientRateBurstBytes:       cfg.ClientBurst,
+	})
 	return s, nil
 }
 

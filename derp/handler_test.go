@@ -393,3 +393,63 @@ func TestPlainRequests(t *testing.T) {
 		t.Errorf("bootstrap: %s", body)
 	}
 }
+
+func TestSilentConnectionsEnd(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for the ten seconds that a client has to name itself")
+	}
+	t.Parallel()
+	var m members
+	s := start(t, Config{Admit: m.has})
+	silent := map[string]func(t *testing.T) io.Reader{
+		"before the request": func(t *testing.T) io.Reader { return dialTLS(t, s) },
+		"native": func(t *testing.T) io.Reader {
+			nc := dialTLS(t, s)
+			upgrade(t, nc, "")
+			return nc
+		},
+		"half a frame": func(t *testing.T) io.Reader {
+			nc := dialTLS(t, s)
+			upgrade(t, nc, "Derp-Fast-Start: 1\r\n")
+			if _, err := nc.Write(claimFrame(key.NewNode().Public(), 100)[:50]); err != nil {
+				t.Fatal(err)
+			}
+			return nc
+		},
+		"WebSocket in an endless frame": func(t *testing.T) io.Reader {
+			nc := dialTLS(t, s)
+			_, err := io.WriteString(nc, "GET /derp HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
+				"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: derp\r\n\r\n")
+			if err != nil {
+				t.Fatal(err)
+			}
+			// A masked binary frame that announces 2^62 bytes.
+			if _, err := nc.Write([]byte{0x82, 0xff, 0x40, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4}); err != nil {
+				t.Fatal(err)
+			}
+			return nc
+		},
+	}
+	type end struct {
+		name  string
+		after time.Duration
+		err   error
+	}
+	ends := make(chan end)
+	for name, open := range silent {
+		r := open(t) // with a deadline of 15 s
+		go func() {
+			begin := time.Now()
+			_, err := io.Copy(io.Discard, r)
+			ends <- end{name, time.Since(begin), err}
+		}()
+	}
+	for range silent {
+		e := <-ends
+		if errors.Is(e.err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: still open after 15 s", e.name)
+		} else if e.after < 5*time.Second {
+			t.Errorf("%s: ended after %v, before a slow client could speak", e.name, e.after)
+		}
+	}
+}

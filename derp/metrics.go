@@ -26,7 +26,7 @@ type Metrics struct {
 	PacketsReceived, PacketsSent int64
 
 	STUNPackets   uint64 // datagrams received
-	STUNReplies   uint64 // of them answered
+	STUNReplies   uint64 // of them answered, STUNErrors included
 	STUNMalformed uint64 // not a proper binding request
 	STUNLimited   uint64 // over the limit of their source
 	STUNErrors    uint64 // replies that could not be sent

@@ -83,9 +83,7 @@ func (s *stunResponder) serve(pc *net.UDPConn) error {
 		}
 		if _, err := pc.WriteToUDPAddrPort(reply, dst); err != nil {
 			s.stats.writeErrors.Add(1)
-			continue
 		}
-		s.stats.replies.Add(1)
 	}
 }
 
@@ -107,6 +105,7 @@ func (s *stunResponder) answer(packet []byte, src netip.AddrPort) []byte {
 		s.stats.limited.Add(1)
 		return nil
 	}
+	s.stats.replies.Add(1)
 	return reply
 }
 
