@@ -39,6 +39,9 @@ type Config struct {
 	// Pools are where backfilled addresses come from. A zero family is not
 	// filled.
 	Pools db.Pools
+	// Reserved are labels that no node may be named, beyond those that db
+	// knows. Nil: none.
+	Reserved []string
 	// PolicyMode is "file" when the policy comes from a file, which this
 	// interface then does not replace. Anything else: it does.
 	PolicyMode string
@@ -60,7 +63,7 @@ type Replica interface {
 }
 
 // Registrar completes what a device has begun, *register.Registrar. Its errors
-// are those of db; each method writes its own audit row.
+// are those of db and register; each method writes its own audit row.
 type Registrar interface {
 	// Approve makes the waiting device a node of user.
 	Approve(ctx context.Context, actor db.Actor, authID string, user tailcfg.UserID) (*db.Node, error)

@@ -1,16 +1,13 @@
 package apiv1
 
 import (
-	"crypto/sha256"
-	"errors"
 	"net/http"
 	"slices"
-	"strings"
-	"time"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
+	"github.com/signalbox-net/signalbox/control/register"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
@@ -41,7 +38,7 @@ func (s *server) register(r *http.Request, userAt, userRef, idAt, id string) (an
 	}
 	n, err := s.Register.Approve(r.Context(), actor(r), id, u.ID)
 	if err != nil {
-		return nil, noRequest(err)
+		return nil, err
 	}
 	s.catchUp(r)
 	return NodeResponse{nodeOf(n, ownerOf(s.Replica.Current(), n.User), nil)}, nil
@@ -65,32 +62,22 @@ func (s *server) decide(w http.ResponseWriter, r *http.Request, verdict decision
 		return nil, err
 	}
 	if err := verdict(r.Context(), actor(r), id); err != nil {
-		return nil, noRequest(err)
+		return nil, err
 	}
 	s.catchUp(r)
 	return EmptyResponse{}, nil
 }
 
-// noRequest gives a missing auth request a text that helps.
-func noRequest(err error) error {
-	if errors.Is(err, db.ErrNotFound) {
-		return notFound("nothing waits under this id: it may be mistyped, decided already, or older than 15 minutes")
-	}
-	return err
-}
-
-// authID checks the shape of the id in an AuthURL: 32 characters of Crockford's
-// base 32. Lower case is accepted, since people type it.
+// authID takes the id in an AuthURL as people paste it.
 func authID(location, s string) (string, error) {
-	const alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 	if s == "" {
 		return "", badField(location, "is required")
 	}
-	s = strings.ToUpper(s)
-	if len(s) != 32 || strings.ContainsFunc(s, func(c rune) bool { return !strings.ContainsRune(alphabet, c) }) {
+	id, ok := register.ParseID(s)
+	if !ok {
 		return "", badField(location, "must be the 32 characters at the end of the address that the device printed")
 	}
-	return s, nil
+	return id, nil
 }
 
 // debugNode invents a device that waits to be registered under the given id,
@@ -116,12 +103,12 @@ func (s *server) debugNode(w http.ResponseWriter, r *http.Request) (any, error) 
 		return nil, err
 	}
 	a := &db.AuthRequest{
-		Hash: sha256.Sum256([]byte(id)), Kind: db.AuthRequestRegister, MachineKey: key.NewMachine().Public(), NodeKey: key.NewNode().Public(),
+		Hash: register.HashID(id), Kind: db.AuthRequestRegister, MachineKey: key.NewMachine().Public(), NodeKey: key.NewNode().Public(),
 		Hostinfo: &tailcfg.Hostinfo{Hostname: req.Name, OS: "debug", RoutableIPs: slices.Clone(routes)}, Cap: tailcfg.CurrentCapabilityVersion,
 		Source: actor(r).Source, State: db.AuthRequestPending,
 	}
 	err = s.write(r, func(tx *db.Tx) error {
-		a.ID, a.Tailnet, a.Created, a.Expires = 0, tx.Tailnet(), tx.Now(), tx.Now().Add(15*time.Minute)
+		a.ID, a.Tailnet, a.Created, a.Expires = 0, tx.Tailnet(), tx.Now(), tx.Now().Add(register.LoginTTL)
 		if err := tx.CreateAuthRequest(a); err != nil {
 			return taken(err, "this id is in use already")
 		}

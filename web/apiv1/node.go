@@ -152,7 +152,7 @@ func (s *server) renameNode(r *http.Request) (any, error) {
 		if n.GivenName == name {
 			return nil
 		}
-		free, err := tx.FreeName(name, n.Owner())
+		free, err := tx.FreeName(name, n.Owner(), s.Reserved...)
 		if err != nil {
 			return err
 		}

@@ -8,6 +8,7 @@ import (
 	"net/http"
 
 	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/control/register"
 	"github.com/signalbox-net/signalbox/db"
 	"github.com/signalbox-net/signalbox/web/auth"
 )
@@ -76,6 +77,12 @@ func problem(err error) *Problem {
 		return newProblem(http.StatusUnauthorized, auth.ErrCredential.Error(), nil)
 	case errors.As(err, &invalid):
 		return newProblem(http.StatusBadRequest, invalid.Field+": "+invalid.Msg, []ProblemField{{Message: invalid.Msg, Location: "body." + invalid.Field}})
+	case errors.Is(err, register.ErrNoLogin), errors.Is(err, register.ErrUnknownUser):
+		return newProblem(http.StatusNotFound, err.Error(), nil)
+	case errors.Is(err, register.ErrDecided):
+		return newProblem(http.StatusConflict, err.Error(), nil)
+	case errors.Is(err, register.ErrNeedsUser), errors.Is(err, register.ErrTagsRefused):
+		return newProblem(http.StatusBadRequest, err.Error(), nil)
 	case errors.Is(err, db.ErrNotFound):
 		return newProblem(http.StatusNotFound, "no such thing", nil)
 	case errors.Is(err, db.ErrExists):

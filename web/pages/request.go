@@ -2,7 +2,6 @@ package pages
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,6 +18,7 @@ import (
 	"tailscale.com/tailcfg"
 
 	"github.com/signalbox-net/signalbox/control/limit"
+	"github.com/signalbox-net/signalbox/control/register"
 	"github.com/signalbox-net/signalbox/db"
 )
 
@@ -74,12 +74,12 @@ func (s *server) waiting(kind, template string) http.HandlerFunc {
 
 // find looks an id up by its hash. Whatever is wrong with it is ErrNotFound.
 func (s *server) find(ctx context.Context, kind, id string, now time.Time) (*db.AuthRequest, error) {
-	if !validID(id) {
+	if canonical, ok := register.ParseID(id); !ok || canonical != id {
 		return nil, db.ErrNotFound
 	}
 	var a *db.AuthRequest
 	err := s.Store.View(ctx, func(r *db.Reader) (err error) {
-		a, err = r.In(s.Tailnet).AuthRequestByHash(sha256.Sum256([]byte(id)))
+		a, err = r.In(s.Tailnet).AuthRequestByHash(register.HashID(id))
 		return err
 	})
 	if err != nil {
@@ -105,12 +105,6 @@ func (s *server) open(ctx context.Context, id int64, source netip.Addr) error {
 		return nil // decided or swept meanwhile
 	}
 	return err
-}
-
-// validID checks for 32 capitals and digits of Crockford's base 32.
-func validID(id string) bool {
-	const alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-	return len(id) == 32 && !strings.ContainsFunc(id, func(c rune) bool { return !strings.ContainsRune(alphabet, c) })
 }
 
 func requestOf(a *db.AuthRequest, id string, now time.Time) request {

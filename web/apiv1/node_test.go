@@ -1,0 +1,258 @@
+package apiv1
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/signalbox-net/signalbox/db"
+)
+
+// wantFields are the members of a node in Headscale 0.30.
+const wantFields = "approvedRoutes availableRoutes createdAt discoKey expiry givenName id ipAddresses lastSeen machineKey name nodeKey online preAuthKey registerMethod subnetRoutes tags user"
+
+func TestNodeShape(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("Laptop of Alice", w.alice, nil)
+	raw := get[map[string]map[string]json.RawMessage](w, "GET", fmt.Sprint("/api/v1/node/", id), nil)["node"]
+	var names []string
+	for _, f := range strings.Fields(wantFields) {
+		if _, ok := raw[f]; ok {
+			names = append(names, f)
+		}
+	}
+	if len(raw) != len(strings.Fields(wantFields)) || len(names) != len(raw) {
+		t.Errorf("fields = %v", raw)
+	}
+	for f, want := range map[string]string{
+		"id": `"1"`, "name": `"Laptop of Alice"`, "givenName": `"laptop-of-alice"`, "ipAddresses": `["100.64.0.1","fd7a:115c:a1e0::1"]`, "online": "false", "lastSeen": "null",
+		"preAuthKey": "null", "approvedRoutes": "[]", "availableRoutes": "[]", "subnetRoutes": "[]", "tags": "[]", "registerMethod": `"REGISTER_METHOD_CLI"`,
+		"createdAt": `"2030-01-02T03:04:05Z"`, "expiry": `"2030-01-03T03:04:05Z"`,
+	} {
+		if string(raw[f]) != want {
+			t.Errorf("%s = %s, want %s", f, raw[f], want)
+		}
+	}
+	if s := string(raw["nodeKey"]); !strings.HasPrefix(s, `"nodekey:`) || !strings.HasPrefix(string(raw["machineKey"]), `"mkey:`) || !strings.HasPrefix(string(raw["discoKey"]), `"discokey:`) {
+		t.Errorf("keys = %s %s %s", s, raw["machineKey"], raw["discoKey"])
+	}
+}
+
+func TestNodeListShowsOwnersAndKeys(t *testing.T) {
+	w := newWorld(t)
+	k := get[PreAuthKeyResponse](w, "POST", "/api/v1/preauthkey", `{"user":"1"}`).PreAuthKey
+	mine := w.addNode("mine", w.alice, nil)
+	w.do(func(tx *db.Tx) error {
+		n, err := tx.Node(mine)
+		if err != nil {
+			return err
+		}
+		n.AuthKeyID = int64(k.ID)
+		return tx.PutNode(n)
+	})
+	w.addNode("server", 0, []string{"tag:server"})
+	nodes := get[NodesResponse](w, "GET", "/api/v1/node", nil).Nodes
+	if len(nodes) != 2 {
+		t.Fatalf("nodes = %+v", nodes)
+	}
+	if n := nodes[0]; n.User.Name != "alice" || n.PreAuthKey == nil || n.PreAuthKey.ID != k.ID || !strings.HasSuffix(n.PreAuthKey.Key, "-***") {
+		t.Errorf("own node = %+v", n)
+	}
+	if n := nodes[1]; n.User == nil || n.User.ID != 2147455555 || n.User.Name != "tagged-devices" || n.Tags[0] != "tag:server" || n.PreAuthKey != nil {
+		t.Errorf("tagged node = %+v", n)
+	}
+	one := get[NodeResponse](w, "GET", fmt.Sprint("/api/v1/node/", mine), nil).Node
+	if !reflect.DeepEqual(one, nodes[0]) {
+		t.Errorf("a node alone = %+v, in the list %+v", one, nodes[0])
+	}
+	if n := get[NodesResponse](w, "GET", "/api/v1/node?user=alice", nil).Nodes; len(n) != 1 || n[0].GivenName != "mine" {
+		t.Errorf("nodes of alice = %+v", n)
+	}
+	w.refused(404, "no such user", "GET", "/api/v1/node?user=nobody", nil)
+	w.refused(404, "no node has the id 99", "GET", "/api/v1/node/99", nil)
+}
+
+func TestNodeExpire(t *testing.T) {
+	w := newWorld(t)
+	path := fmt.Sprintf("/api/v1/node/%d/expire", w.addNode("host", w.alice, nil))
+	expired := func() bool { return w.replica.Current().ByName("host").Expired }
+
+	n := get[NodeResponse](w, "POST", path, nil).Node
+	if !n.Expiry.Equal(w.now()) || !expired() {
+		t.Errorf("expired now: expiry = %v, expired = %v", n.Expiry, expired())
+	}
+	later := w.now().Add(48 * time.Hour)
+	n = get[NodeResponse](w, "POST", path, ExpireNodeRequest{Expiry: &Timestamp{later}}).Node
+	if !n.Expiry.Equal(later) || expired() {
+		t.Errorf("expires later: expiry = %v, expired = %v", n.Expiry, expired())
+	}
+	n = get[NodeResponse](w, "POST", path, ExpireNodeRequest{Expiry: &Timestamp{w.now().Add(-time.Hour)}}).Node
+	if !n.Expiry.Equal(w.now()) || !expired() {
+		t.Errorf("expired in the past: expiry = %v, expired = %v", n.Expiry, expired())
+	}
+	n = get[NodeResponse](w, "POST", path, ExpireNodeRequest{DisableExpiry: true}).Node
+	if n.Expiry != nil || expired() {
+		t.Errorf("never expires: expiry = %v, expired = %v", n.Expiry, expired())
+	}
+	n = get[NodeResponse](w, "POST", path+"?expiry="+later.Format(time.RFC3339), nil).Node
+	if !n.Expiry.Equal(later) {
+		t.Errorf("expiry from the query = %v", n.Expiry)
+	}
+	w.refused(400, "disableExpiry", "POST", path, ExpireNodeRequest{Expiry: &Timestamp{later}, DisableExpiry: true})
+	if a := w.lastAudit(); a.Action != "node.expire" || a.Target != "node:1" {
+		t.Errorf("audit = %+v", a)
+	}
+}
+
+func TestNodeRename(t *testing.T) {
+	w := newWorld(t)
+	path := fmt.Sprintf("/api/v1/node/%d/rename/", w.addNode("one", w.alice, nil))
+	w.addNode("two", w.alice, nil)
+	if n := get[NodeResponse](w, "POST", path+"Web-1", nil).Node; n.GivenName != "web-1" || n.Name != "one" {
+		t.Errorf("renamed = %+v", n)
+	}
+	w.refused(409, `"two" is taken`, "POST", path+"two", nil)
+	w.refused(409, "reserved", "POST", path+"localhost", nil)
+	for _, bad := range []string{"-a", "a-", "a.b", "a_b", "%C3%BC", "a%20b", strings.Repeat("a", 64), "%2e", "a%00"} {
+		w.refused(400, "path.name", "POST", path+bad, nil)
+	}
+	audits := w.lastAudit().Number
+	get[NodeResponse](w, "POST", path+"web-1", nil)
+	if now := w.lastAudit().Number; now != audits {
+		t.Errorf("a rename to the same name wrote audit row %d", now)
+	}
+}
+
+func TestTaggedNodeLosesUserAndExpiry(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("server", w.alice, nil)
+	path := fmt.Sprintf("/api/v1/node/%d/tags", id)
+	n := get[NodeResponse](w, "POST", path, SetTagsRequest{Tags: []string{"tag:web", "tag:db", "tag:web"}}).Node
+	if n.User.ID != TaggedUserID || n.Expiry != nil || strings.Join(n.Tags, " ") != "tag:db tag:web" {
+		t.Errorf("tagged = %+v", n)
+	}
+	if rec := w.replica.Current().Node(id); rec.User != 0 {
+		t.Errorf("the row's user = %d, want none", rec.User)
+	}
+	w.refused(400, "body.tags", "POST", path, SetTagsRequest{})
+	w.refused(400, "body.tags[0]", "POST", path, SetTagsRequest{Tags: []string{"web"}})
+	w.refused(400, "body.tags[1]", "POST", path, SetTagsRequest{Tags: []string{"tag:a", "tag:ü"}})
+}
+
+func TestApproveRoutes(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("router", w.alice, nil, "10.0.0.0/8", "192.168.1.0/24", "0.0.0.0/0")
+	path := fmt.Sprintf("/api/v1/node/%d/approve_routes", id)
+	approve := func(routes ...string) *Node {
+		return get[NodeResponse](w, "POST", path, ApproveRoutesRequest{Routes: routes}).Node
+	}
+	if n := approve("192.168.1.0/24", "10.0.0.0/8"); fmt.Sprint(n.ApprovedRoutes, n.AvailableRoutes, n.SubnetRoutes) !=
+		"[10.0.0.0/8 192.168.1.0/24] [10.0.0.0/8 192.168.1.0/24 0.0.0.0/0] [10.0.0.0/8 192.168.1.0/24]" {
+		t.Errorf("approved = %v, available = %v, subnet = %v", n.ApprovedRoutes, n.AvailableRoutes, n.SubnetRoutes)
+	}
+	if n := approve("::/0"); fmt.Sprint(n.ApprovedRoutes) != "[0.0.0.0/0 ::/0]" {
+		t.Errorf("one exit route approves %v, want both families", n.ApprovedRoutes)
+	}
+	if n := approve(); len(n.ApprovedRoutes) != 0 {
+		t.Errorf("approved = %v, want none", n.ApprovedRoutes)
+	}
+	w.refused(400, "does not advertise 172.16.0.0/12", "POST", path, ApproveRoutesRequest{Routes: []string{"172.16.0.0/12"}})
+	for _, bad := range []string{"127.0.0.0/8", "169.254.169.254/32", "224.0.0.0/4", "100.64.0.0/10", "100.64.1.1/32", "64.0.0.0/2", "0.0.0.0/1", "::1/128", "fe80::/64", "fd7a:115c:a1e0::/48", "100.100.100.100/32"} {
+		w.refused(400, "cannot be routed", "POST", path, ApproveRoutesRequest{Routes: []string{bad}})
+	}
+	w.refused(400, "did you mean 10.0.0.0/8", "POST", path, ApproveRoutesRequest{Routes: []string{"10.1.0.0/8"}})
+}
+
+// What is approved may be sent back while its router does not advertise it.
+func TestApprovedRouteMayStayWhileNotAdvertised(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("router", w.alice, nil, "10.0.0.0/8")
+	path := fmt.Sprintf("/api/v1/node/%d/approve_routes", id)
+	get[NodeResponse](w, "POST", path, ApproveRoutesRequest{Routes: []string{"10.0.0.0/8"}})
+	w.do(func(tx *db.Tx) error { return tx.PutNodeState(id, db.NodeState{}) })
+	n := get[NodeResponse](w, "POST", path, ApproveRoutesRequest{Routes: []string{"10.0.0.0/8"}}).Node
+	if fmt.Sprint(n.ApprovedRoutes, n.SubnetRoutes) != "[10.0.0.0/8] []" {
+		t.Errorf("approved = %v, subnet = %v", n.ApprovedRoutes, n.SubnetRoutes)
+	}
+}
+
+func TestNodeDelete(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("gone", w.alice, nil)
+	path := fmt.Sprint("/api/v1/node/", id)
+	get[EmptyResponse](w, "DELETE", path, nil)
+	w.refused(404, "no node", "GET", path, nil)
+	w.refused(404, "no node", "DELETE", path, nil)
+	if a := w.lastAudit(); a.Action != "node.delete" || !strings.Contains(string(a.Before), `"gone"`) || len(a.After) > 0 && string(a.After) != "null" {
+		t.Errorf("audit = %s %s %s", a.Action, a.Before, a.After)
+	}
+}
+
+func TestBackfillIPs(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("old", w.alice, nil)
+	w.do(func(tx *db.Tx) error {
+		n, err := tx.Node(id)
+		if err != nil {
+			return err
+		}
+		n.IPv6 = netip.Addr{}
+		return tx.PutNode(n)
+	})
+	w.refused(400, "confirmed", "POST", "/api/v1/node/backfillips", nil)
+	out := get[BackfillIPsResponse](w, "POST", "/api/v1/node/backfillips?confirmed=true", nil)
+	if len(out.Changes) != 1 || !strings.Contains(out.Changes[0], "IPv6 address fd7a:115c:a1e0::") {
+		t.Errorf("changes = %q", out.Changes)
+	}
+	if n := w.replica.Current().Node(id); !testPools.IPv6.Contains(n.IPv6) || n.IPv4.String() != "100.64.0.1" {
+		t.Errorf("addresses = %v %v", n.IPv4, n.IPv6)
+	}
+	if rec := w.send("POST", "/api/v1/node/backfillips?confirmed=true", nil); strings.TrimSpace(rec.Body.String()) != `{"changes":[]}` {
+		t.Errorf("second backfill = %s", rec.Body)
+	}
+}
+
+// Each act of the interface leaves one audit row that names the key.
+func TestNoActWithoutAudit(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("host", w.alice, nil)
+	w.clock.Add(int64(time.Second))
+	for _, act := range []struct{ method, path, body, action string }{
+		{"POST", "/api/v1/user", `{"name":"bob"}`, "user.create"},
+		{"POST", "/api/v1/user/2/rename/rob", "", "user.rename"},
+		{"DELETE", "/api/v1/user/2", "", "user.delete"},
+		{"POST", "/api/v1/preauthkey", `{"user":"1"}`, "authkey.create"},
+		{"POST", "/api/v1/preauthkey/expire", `{"id":"1"}`, "authkey.expire"},
+		{"DELETE", "/api/v1/preauthkey?id=1", "", "authkey.delete"},
+		{"POST", "/api/v1/apikey", "{}", "apikey.create"},
+		{"POST", "/api/v1/apikey/expire", `{"id":"2"}`, "apikey.expire"},
+		{"DELETE", "/api/v1/apikey/x?id=2", "", "apikey.delete"},
+		{"POST", "/api/v1/node/1/rename/new", "", "node.rename"},
+		{"POST", "/api/v1/node/1/expire", "", "node.expire"},
+		{"POST", "/api/v1/node/1/tags", `{"tags":["tag:a"]}`, "node.tags"},
+		{"PUT", "/api/v1/policy", `{"policy":"{}"}`, "policy.set"},
+		{"DELETE", fmt.Sprint("/api/v1/node/", id), "", "node.delete"},
+	} {
+		var before int64
+		if a := w.lastAudit(); a != nil {
+			before = a.Number
+		}
+		get[map[string]any](w, act.method, act.path, act.body)
+		a := w.lastAudit()
+		if a.Number != before+1 || a.Action != act.action || a.Actor.Kind != "apikey" || a.Actor.KeyID == "" || a.Actor.Source == "" {
+			t.Errorf("%s %s: audit row %d after %d: %+v", act.method, act.path, a.Number, before, a)
+		}
+	}
+	err := w.store.View(context.Background(), func(r *db.Reader) error {
+		_, err := r.In(w.tailnet).VerifyAudit()
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
