@@ -389,3 +389,30 @@ func TestScenarioVisibilityIsSymmetricAndPartial(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkFullMap is what a full map of 1000 peers costs a viewer when others
+// had the same peers before.
+func BenchmarkFullMap(b *testing.B) {
+	bench := newBench(&testing.T{}, 250)
+	var all []*tailcfg.Node
+	for i := range 1000 {
+		n := bench.nodes[i%250].Clone()
+		n.ID, n.Key, n.DiscoKey = tailcfg.NodeID(i+1), key.NewNode().Public(), key.NewDisco().Public()
+		all = append(all, n)
+	}
+	text, err := json.Marshal(&tailcfg.MapResponse{Node: all[0], Peers: all[1:], UserProfiles: []tailcfg.UserProfile{{ID: 7, LoginName: "ann"}}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	z := zstdframe.AppendEncode(nil, text)
+	b.ReportAllocs()
+	for b.Loop() {
+		m, err := bench.book.decode(z)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := newView(bench.book).apply(m, bench.now); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
