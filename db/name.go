@@ -1,0 +1,132 @@
+package db
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"gorm.io/gorm/clause"
+)
+
+// holdFor is how long a released name waits for its former owner, and a
+// released address for nobody.
+const holdFor = 24 * time.Hour
+
+// reservedNames are labels that resolvers and operating systems give a meaning:
+// a node of that name would answer for it (RFC 6761, RFC 7050, web proxy
+// discovery, ISATAP).
+var reservedNames = map[string]bool{
+	"localhost": true, "wpad": true, "isatap": true, "ipv4only": true, "local": true, "invalid": true,
+	"test": true, "example": true, "onion": true, "arpa": true, "broadcasthost": true,
+}
+
+// FreeName finds a given name for a node: base itself, or base with the first
+// of the suffixes -1, -2, ... that nobody has. base is a sanitised label; it is
+// shortened to leave room for the suffix. Reserved names and those in reserved
+// get a suffix. A released name is held for its former owner for 24 h;
+// forOwner is who asks, by Node.Owner.
+//
+// When names were freed among the suffixes, the one found may not be the
+// lowest: the search doubles and then halves, so that ten thousand nodes of
+// one name cost few look-ups.
+func (tx *Tx) FreeName(base, forOwner string, reserved ...string) (string, error) {
+	if !isLabel(base) {
+		return "", &InvalidError{"GivenName", "is not a DNS label"}
+	}
+	refused := map[string]bool{}
+	for _, name := range reserved {
+		refused[name] = true
+	}
+	candidates := []string{base}
+	for n := 1; n <= 1<<17; n *= 2 {
+		candidates = append(candidates, suffixed(base, n))
+	}
+	// The first looks are at the names that are nearly always free.
+	for _, look := range [][]string{candidates[:2], candidates[2:]} {
+		taken, err := tx.takenNames(look, forOwner)
+		if err != nil {
+			return "", fmt.Errorf("find a free name: %w", err)
+		}
+		for i, name := range look {
+			if taken[name] || refused[name] || reservedNames[name] {
+				continue
+			}
+			if len(look) == 2 || i == 0 {
+				return name, nil
+			}
+			return tx.lowestSuffix(base, forOwner, 1<<i, 1<<(i+1), refused)
+		}
+	}
+	return "", fmt.Errorf("find a free name: %w: too many nodes named %s", ErrLimit, base)
+}
+
+// lowestSuffix narrows down to a free suffix above low, which is taken, and not
+// above high, which is free.
+func (tx *Tx) lowestSuffix(base, forOwner string, low, high int, refused map[string]bool) (string, error) {
+	const width = 16
+	for high-low > 1 {
+		step := max(1, (high-low)/(width+1))
+		var numbers []int
+		var names []string
+		for n := low + step; n < high && len(numbers) < width; n += step {
+			numbers = append(numbers, n)
+			names = append(names, suffixed(base, n))
+		}
+		taken, err := tx.takenNames(names, forOwner)
+		if err != nil {
+			return "", fmt.Errorf("find a free name: %w", err)
+		}
+		for i, n := range numbers {
+			if taken[names[i]] || refused[names[i]] {
+				low = n
+				continue
+			}
+			high = n
+			break
+		}
+	}
+	return suffixed(base, high), nil
+}
+
+// suffixed is base-n, within a label's 63 characters.
+func suffixed(base string, n int) string {
+	suffix := "-" + strconv.Itoa(n)
+	if len(base)+len(suffix) > 63 {
+		base = strings.TrimRight(base[:63-len(suffix)], "-")
+	}
+	return base + suffix
+}
+
+// takenNames tells which names a node has or a former owner other than
+// forOwner may still claim.
+func (tx *Tx) takenNames(names []string, forOwner string) (map[string]bool, error) {
+	var found []string
+	q := tx.g.Raw("SELECT given_name FROM nodes WHERE tailnet_id = ? AND given_name IN ? UNION ALL "+
+		"SELECT name FROM released_names WHERE tailnet_id = ? AND name IN ? AND released > ? AND owner <> ?",
+		tx.tailnet, names, tx.tailnet, names, micros(tx.now.Add(-holdFor)), forOwner)
+	if err := tx.err(q.Scan(&found).Error); err != nil {
+		return nil, err
+	}
+	taken := make(map[string]bool, len(found))
+	for _, name := range found {
+		taken[name] = true
+	}
+	return taken, nil
+}
+
+type releasedName struct {
+	TailnetID int64  `gorm:"primaryKey;autoIncrement:false"`
+	Name      string `gorm:"primaryKey"`
+	Owner     string
+	Released  int64
+}
+
+func (releasedName) TableName() string { return "released_names" }
+
+func (tx *Tx) releaseName(name, owner string) error {
+	row := releasedName{int64(tx.tailnet), name, owner, micros(tx.now)}
+	return tx.err(tx.g.Clauses(clause.OnConflict{
+		Columns: []clause.Column{{Name: "tailnet_id"}, {Name: "name"}}, UpdateAll: true,
+	}).Create(&row).Error)
+}
