@@ -81,12 +81,12 @@ func (s *scenario) ownerOf(i int) owner {
 	return owner{i % len(s.users), -1}
 }
 
-// sixtyACLs is a policy of the size that companies have: 20 groups of three
+// sixtyACLs is a policy of the size that companies have: 20 groups of five
 // out of 40 people, 30 tags, 60 rules.
 func (s *scenario) sixtyACLs() {
 	s.addUsers(groupUsers)
 	for g := range groupCount {
-		s.groups[fmt.Sprintf("g%02d", g)] = []int{2 * g, 2*g + 1, (5*g + 7) % groupUsers}
+		s.groups[fmt.Sprintf("g%02d", g)] = []int{2 * g, 2*g + 1, (2*g + 9) % groupUsers, (2*g + 18) % groupUsers, (2*g + 27) % groupUsers}
 	}
 	for t := range tagCount {
 		s.tags = append(s.tags, fmt.Sprintf("t%02d", t))
