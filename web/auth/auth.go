@@ -134,7 +134,7 @@ func (c *Checker) Middleware(deny func(http.ResponseWriter, *http.Request, error
 				var wait *LimitError
 				switch {
 				case errors.As(err, &wait):
-					w.Header().Set("Retry-After", strconv.Itoa(int((wait.RetryAfter+time.Second-1)/time.Second)))
+					w.Header().Set("Retry-After", strconv.Itoa(int(max(wait.RetryAfter, time.Second).Round(time.Second)/time.Second)))
 				case errors.Is(err, ErrCredential):
 					w.Header().Set("WWW-Authenticate", `Bearer realm="signalbox"`)
 				}
@@ -189,8 +189,9 @@ func (c *Checker) Check(r *http.Request) (db.Actor, error) {
 func (c *Checker) fail(now time.Time, accounts ...limit.Key) error {
 	var wait time.Duration
 	for _, k := range accounts {
-		wait = max(wait, c.failures.Wait(k, now))
-		c.failures.Debit(k, now, 1)
+		if !c.failures.Allow(k, now) {
+			wait = max(wait, c.failures.Wait(k, now))
+		}
 	}
 	if wait > 0 {
 		return &LimitError{wait}
