@@ -49,19 +49,26 @@ func listenUDP(addr string) (*net.UDPConn, error) {
 			network = "udp4"
 		}
 	}
-	pc, err := new(net.ListenConfig).ListenPacket(context.Background(), network, addr)
+	opened, err := new(net.ListenConfig).ListenPacket(context.Background(), network, addr)
 	if err != nil {
 		return nil, err
 	}
-	return pc.(*net.UDPConn), nil
+	pc := opened.(*net.UDPConn)
+	if pc.LocalAddr().(*net.UDPAddr).IP.IsUnspecified() {
+		if err := noteLocalAddr(pc); err != nil {
+			pc.Close()
+			return nil, fmt.Errorf("listen on every address: %w", err)
+		}
+	}
+	return pc, nil
 }
 
 // serve answers on pc until it is closed; the error then wraps net.ErrClosed.
 func (s *stunResponder) serve(pc *net.UDPConn) error {
-	buf := make([]byte, stunMaxRequestSize+1)
+	buf, oob := make([]byte, stunMaxRequestSize+1), make([]byte, localAddrSpace)
 	transient := 0
 	for {
-		n, src, err := pc.ReadFromUDPAddrPort(buf)
+		n, noob, _, from, err := pc.ReadMsgUDPAddrPort(buf, oob)
 		if err != nil {
 			// An ICMP answer to an earlier reply can surface here; a socket
 			// that only ever errs is dead.
@@ -72,16 +79,12 @@ func (s *stunResponder) serve(pc *net.UDPConn) error {
 			return err
 		}
 		transient = 0
-		src = netip.AddrPortFrom(src.Addr().Unmap().WithZone(""), src.Port())
+		src := netip.AddrPortFrom(from.Addr().Unmap().WithZone(""), from.Port())
 		reply := s.answer(buf[:n], src)
 		if reply == nil {
 			continue
 		}
-		dst := src
-		if pc.LocalAddr().(*net.UDPAddr).IP.To4() == nil && dst.Addr().Is4() {
-			dst = netip.AddrPortFrom(netip.AddrFrom16(dst.Addr().As16()), dst.Port())
-		}
-		if _, err := pc.WriteToUDPAddrPort(reply, dst); err != nil {
+		if _, _, err := pc.WriteMsgUDPAddrPort(reply, fromLocalAddr(oob[:noob]), from); err != nil {
 			s.stats.writeErrors.Add(1)
 		}
 	}

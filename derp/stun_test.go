@@ -5,6 +5,8 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +47,35 @@ func TestSTUNAnswersOnBothPorts(t *testing.T) {
 	}
 	if got := s.Metrics(); got.STUNReplies != 2 || got.STUNMalformed != 6 || got.STUNPackets != 8 {
 		t.Errorf("metrics: %+v", got)
+	}
+}
+
+// TestSTUNAnswersFromTheAddressAsked asks at an address that is not the one
+// which the route back prefers, on a socket that takes only its answers.
+func TestSTUNAnswersFromTheAddressAsked(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("127.0.0.2 is an address of Linux machines only")
+	}
+	s := start(t, Config{STUNListen: "0.0.0.0:0", STUNSecondListen: ":0"})
+	for _, n := range s.Region().Nodes {
+		nc, err := net.Dial("udp", net.JoinHostPort("127.0.0.2", strconv.Itoa(n.STUNPort)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(10 * time.Second))
+		tx := stun.NewTxID()
+		if _, err := nc.Write(stun.Request(tx)); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 1500)
+		read, err := nc.Read(buf)
+		if err != nil {
+			t.Fatalf("node %s: %v", n.Name, err)
+		}
+		if got, addr, err := stun.ParseResponse(buf[:read]); err != nil || got != tx || addr.String() != nc.LocalAddr().String() {
+			t.Errorf("node %s: %v %v %v, want %v", n.Name, got, addr, err, nc.LocalAddr())
+		}
 	}
 }
 
