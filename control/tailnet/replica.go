@@ -1,0 +1,212 @@
+package tailnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/signalbox-net/signalbox/db"
+)
+
+// ReplicaConfig configures a Replica.
+type ReplicaConfig struct {
+	Store   *db.Store    // required
+	Tailnet db.TailnetID // required
+	Log     *slog.Logger // nil discards
+
+	// Gap is the least time between two announcements, asked before each. It lets the fan-out of one finish before the next begins. Nil
+	// means none.
+	Gap func() time.Duration
+}
+
+// A Replica keeps the current Snapshot of one tailnet up to date by following the change log. There is no other way for a change to get
+// into a Snapshot, whoever made it.
+type Replica struct {
+	cfg   ReplicaConfig
+	log   *slog.Logger
+	cur   atomic.Pointer[Snapshot]
+	nudge chan struct{} // one slot: somebody waits for a revision
+
+	mu        sync.Mutex    // guards the following fields
+	published chan struct{} // closed when cur is replaced
+	announced chan struct{} // closed at announcements
+	watchers  []func(prev, now *Snapshot)
+	batches   []func(*db.Batch)
+	fault     error // why following fails; nil while it works
+
+	lastAnnounce time.Time // owned by Run
+}
+
+// NewReplica loads the tailnet. It fails when the database cannot be read.
+func NewReplica(ctx context.Context, cfg ReplicaConfig) (*Replica, error) {
+	r := &Replica{cfg: cfg, log: cfg.Log, nudge: make(chan struct{}, 1), published: make(chan struct{}), announced: make(chan struct{})}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	b, err := cfg.Store.Load(ctx, cfg.Tailnet)
+	if err != nil {
+		return nil, fmt.Errorf("load tailnet: %w", err)
+	}
+	s, err := Build(nil, b)
+	if err != nil {
+		r.log.Warn("stored setting ignored", "err", err)
+	}
+	r.cur.Store(s)
+	return r, nil
+}
+
+// Current is the newest snapshot. It never blocks.
+func (r *Replica) Current() *Snapshot { return r.cur.Load() }
+
+// Announced is closed when there is something new to tell clients. A session takes the channel first, then Current, so that it misses
+// nothing. Announcements are spaced by ReplicaConfig.Gap; Current is always newest.
+func (r *Replica) Announced() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.announced
+}
+
+// OnPublish registers f to be called with each new snapshot, in order, by the goroutine of Run. f must not block.
+func (r *Replica) OnPublish(f func(prev, now *Snapshot)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.watchers = append(r.watchers, f)
+}
+
+// OnBatch registers f to be called with what each step of the log holds, after the snapshot that includes it is current. f must not block.
+func (r *Replica) OnBatch(f func(*db.Batch)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.batches = append(r.batches, f)
+}
+
+// Fault is the reason for which the replica cannot follow the database at the moment, nil when it can.
+func (r *Replica) Fault() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.fault
+}
+
+// WaitFor returns a snapshot that includes rev: what a writer needs in order to read what it wrote.
+func (r *Replica) WaitFor(ctx context.Context, rev db.Revision) (*Snapshot, error) {
+	for {
+		r.mu.Lock()
+		ch := r.published
+		r.mu.Unlock()
+		if s := r.Current(); s.rev >= rev {
+			return s, nil
+		}
+		select {
+		case r.nudge <- struct{}{}:
+		default:
+		}
+		select {
+		case <-ch:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for revision %d: %w", rev, ctx.Err())
+		}
+	}
+}
+
+// pollEvery is how long a lost wake-up can go unnoticed.
+const pollEvery = time.Second
+
+// Run follows the log until ctx ends.
+func (r *Replica) Run(ctx context.Context) error {
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	hold := time.NewTimer(0)
+	defer hold.Stop()
+	due := false // something was published and not yet announced
+	for {
+		var announce <-chan time.Time
+		if due {
+			wait := time.Duration(0)
+			if r.cfg.Gap != nil {
+				wait = r.cfg.Gap() - time.Since(r.lastAnnounce)
+			}
+			if wait <= 0 {
+				r.announce()
+				due = false
+			} else {
+				hold.Reset(wait)
+				announce = hold.C
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-announce:
+			r.announce()
+			due = false
+		case <-r.cfg.Store.Wake():
+			due = r.follow(ctx) || due
+		case <-r.nudge:
+			due = r.follow(ctx) || due
+		case <-tick.C:
+			due = r.follow(ctx) || due
+		}
+	}
+}
+
+// follow takes in what was committed since the current snapshot and reports whether there was anything.
+func (r *Replica) follow(ctx context.Context) bool {
+	prev := r.Current()
+	b, err := r.cfg.Store.Follow(ctx, r.cfg.Tailnet, prev.rev)
+	r.setFault(err)
+	if err != nil {
+		if !errors.Is(err, context.Canceled) {
+			r.log.Error("follow the change log", "err", err)
+		}
+		return false
+	}
+	if b.To == prev.rev && !b.Full {
+		return false
+	}
+	s, err := Build(prev, b)
+	if err != nil {
+		r.log.Warn("stored setting ignored", "err", err)
+	}
+	if s.policy.Err != nil && s.policy != prev.policy {
+		r.log.Error("the stored policy does not compile here; everything is denied", "err", s.policy.Err)
+	}
+	r.publish(prev, s)
+	r.mu.Lock()
+	batches := r.batches
+	r.mu.Unlock()
+	for _, f := range batches {
+		f(b)
+	}
+	return true
+}
+
+func (r *Replica) publish(prev, s *Snapshot) {
+	prev.forget()
+	r.cur.Store(s)
+	r.mu.Lock()
+	close(r.published)
+	r.published = make(chan struct{})
+	watchers := r.watchers
+	r.mu.Unlock()
+	for _, f := range watchers {
+		f(prev, s)
+	}
+}
+
+func (r *Replica) announce() {
+	r.lastAnnounce = time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	close(r.announced)
+	r.announced = make(chan struct{})
+}
+
+func (r *Replica) setFault(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fault = err
+}

@@ -1,0 +1,134 @@
+package tailnet
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+
+	"tailscale.com/tailcfg"
+
+	"github.com/signalbox-net/signalbox/db"
+)
+
+// Names of the stored settings. What comes from configuration, a file or a URL is stored under one of them, so that it becomes a revision
+// which every server follows in the same order.
+const (
+	SettingDNS          = "dns"           // DNS
+	SettingExtraRecords = "extra_records" // []tailcfg.DNSRecord
+	SettingDERPMap      = "derp_map"      // tailcfg.DERPMap
+	SettingOptions      = "options"       // Options
+)
+
+// DNS is what the tailnet's devices are told about names.
+type DNS struct {
+	MagicDNS      bool                `json:"magicDNS"`
+	BaseDomain    string              `json:"baseDomain"` // without dots at its ends; device names hang below it
+	OverrideLocal bool                `json:"overrideLocal"`
+	Global        []string            `json:"global,omitempty"` // resolvers: IP addresses or https URLs
+	Split         map[string][]string `json:"split,omitempty"`  // suffix to resolvers
+	SearchDomains []string            `json:"searchDomains,omitempty"`
+}
+
+// Options are facts of the whole tailnet that are neither DNS nor relays.
+type Options struct {
+	DisplayName     string   `json:"displayName,omitempty"`
+	Domains         []string `json:"domains,omitempty"` // e-mail domains that belong to the tailnet, for the policy
+	Taildrop        bool     `json:"taildrop"`
+	LogTail         bool     `json:"logtail"` // whether clients may send logs to Tailscale
+	AutoUpdate      bool     `json:"autoUpdate"`
+	RandomizePort   bool     `json:"randomizePort,omitempty"`
+	ControlURL      string   `json:"controlURL,omitempty"`
+	CollectServices bool     `json:"collectServices,omitempty"`
+}
+
+// Settings are the parsed settings of one Snapshot. They are read-only.
+type Settings struct {
+	DNS     DNS
+	Records []tailcfg.DNSRecord
+	DERPMap *tailcfg.DERPMap
+	Options Options
+
+	raw map[string]string // name to hash, to see what moved
+}
+
+// Suffix is the MagicDNS suffix with the trailing dot.
+func (s *Settings) Suffix() string { return s.DNS.BaseDomain + "." }
+
+// parseSettings reads the stored documents. A document that does not parse keeps what prev says: an older server may meet a newer one's.
+func parseSettings(prev *Settings, rows map[string]*db.Setting) (*Settings, error) {
+	s := &Settings{DERPMap: &tailcfg.DERPMap{}, raw: map[string]string{}}
+	if prev != nil {
+		*s = *prev
+		s.raw = make(map[string]string, len(prev.raw))
+		for k, v := range prev.raw {
+			s.raw[k] = v
+		}
+	}
+	var first error
+	for name, row := range rows {
+		if row == nil {
+			continue
+		}
+		if err := s.read(name, row.Value); err != nil {
+			if first == nil {
+				first = fmt.Errorf("setting %s: %w", name, err)
+			}
+			continue
+		}
+		s.raw[name] = row.Hash
+	}
+	return s, first
+}
+
+func (s *Settings) read(name string, value json.RawMessage) error {
+	switch name {
+	case SettingDNS:
+		var v DNS
+		if err := json.Unmarshal(value, &v); err != nil {
+			return err
+		}
+		s.DNS = v
+	case SettingExtraRecords:
+		var v []tailcfg.DNSRecord
+		if err := json.Unmarshal(value, &v); err != nil {
+			return err
+		}
+		s.Records = v
+	case SettingDERPMap:
+		v := new(tailcfg.DERPMap)
+		if err := json.Unmarshal(value, v); err != nil {
+			return err
+		}
+		s.DERPMap = v
+	case SettingOptions:
+		var v Options
+		if err := json.Unmarshal(value, &v); err != nil {
+			return err
+		}
+		s.Options = v
+	}
+	return nil
+}
+
+// effectiveRoutes are the approved routes that the node still advertises, in the order of approval.
+func effectiveRoutes(n *db.Node) []netip.Prefix {
+	if len(n.ApprovedRoutes) == 0 || n.State.Hostinfo == nil || len(n.State.Hostinfo.RoutableIPs) == 0 {
+		return nil
+	}
+	var out []netip.Prefix
+	for _, r := range n.ApprovedRoutes {
+		for _, a := range n.State.Hostinfo.RoutableIPs {
+			if a == r {
+				out = append(out, r)
+				break
+			}
+		}
+	}
+	return out
+}
+
+// SelfKey stands for the settings that show in a node's own capabilities: equal keys, equal capabilities.
+func (s *Settings) SelfKey() string { return s.raw[SettingOptions] + "/" + s.DNS.BaseDomain }
+
+// Key stands for the content of a stored setting.
+func (s *Settings) Key(name string) string { return s.raw[name] }
