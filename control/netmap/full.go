@@ -1,0 +1,301 @@
+package netmap
+
+import (
+	"bytes"
+	"math/bits"
+	"slices"
+	"strings"
+	"time"
+
+	"tailscale.com/tailcfg"
+
+	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/control/tailnet"
+)
+
+// Full is the message that begins a session: everything that the node in v.Slot may know, in the order in which the client needs it.
+func Full(s *tailnet.Snapshot, v Viewer) Message {
+	n := s.NodeAt(v.Slot)
+	seen := s.Visible(v.Slot, nil)
+	var w writer
+	w.text(`{"Node":`)
+	w.json(selfNode(s, v.Slot))
+	w.text(`,"Domain":`)
+	w.json(s.Settings().DNS.BaseDomain)
+	w.text(`,"CollectServices":`)
+	w.json(s.Settings().Options.CollectServices)
+	if !v.Now.IsZero() {
+		w.text(`,"ControlTime":`)
+		w.json(v.Now.UTC().Truncate(time.Second))
+	}
+	if !s.Settings().Options.LogTail {
+		w.text(`,"Debug":{"DisableLogTail":true}`)
+	}
+	w.frame(derpFrame(s))
+	w.frame(dnsFrame(s, v.Slot))
+	w.frame(filterFrame(s, v.Slot))
+	w.frame(sshFrame(s, v.Slot))
+	w.frame(profilesFrame(s, n, seen))
+	if nonEmpty(seen) {
+		w.text(`,"Peers":[`)
+		w.peers(s, v.Slot, seen)
+		w.text(`]`)
+	}
+	w.text(`}`)
+	return Message{Frames: w.done(), Full: true}
+}
+
+func nonEmpty(b tailnet.Bits) bool {
+	return slices.ContainsFunc(b, func(w uint64) bool { return w != 0 })
+}
+
+// writer collects frames, and text that is not shared into frames of its own.
+type writer struct {
+	frames []Frame
+	own    bytes.Buffer
+}
+
+func (w *writer) text(s string) { w.own.WriteString(s) }
+
+func (w *writer) json(v interface{}) { w.own.Write(must(v)) }
+
+func (w *writer) frame(f Frame) {
+	w.flush()
+	w.frames = append(w.frames, f)
+}
+
+func (w *writer) flush() {
+	if w.own.Len() > 0 {
+		w.frames = append(w.frames, frame(w.own.Bytes()))
+		w.own.Reset()
+	}
+}
+
+func (w *writer) done() []Frame {
+	w.flush()
+	return w.frames
+}
+
+// peers writes the nodes of seen as JSON objects with commas between them, out of shared frames.
+func (w *writer) peers(s *tailnet.Snapshot, viewer int, seen tailnet.Bits) {
+	views := s.Access().Views(viewer)
+	first := true
+	add := func(f Frame) {
+		if !first {
+			w.frame(commaFrame)
+		}
+		first = false
+		w.frame(f)
+	}
+	for t, word := range seen {
+		if word == 0 {
+			continue
+		}
+		if t != viewer/tailnet.TileNodes {
+			add(tileFrame(s, views, t, word))
+			continue
+		}
+		// The viewer's own tile misses the viewer, so nobody else has it. It is sent as eighths, of which only the one around the viewer is
+		// sent node by node.
+		for shift := 0; shift < 64; shift += 8 {
+			part := word & (0xff << shift)
+			if part == 0 {
+				continue
+			}
+			if own := viewer % tailnet.TileNodes; own/8 != shift/8 {
+				add(tileFrame(s, views, t, part))
+				continue
+			}
+			for ; part != 0; part &= part - 1 {
+				add(tileFrame(s, views, t, part&-part))
+			}
+		}
+	}
+}
+
+// tileKey names the bytes made of the nodes of a tile that are in word, where views changes how some of them look.
+type tileKey struct {
+	word  uint64
+	looks string
+}
+
+// maxTileFrames bounds how many selections of one tile are kept; a tailnet in which everybody sees other nodes gains nothing from more.
+const maxTileFrames = 96
+
+// tileCache is what Tile.Memo holds.
+type tileCache struct{ cache[tileKey] }
+
+func tileFrame(s *tailnet.Snapshot, views *acl.PeerViews, t int, word uint64) Frame {
+	key := tileKey{word, looks(s, views, t, word)}
+	c := tileCacheOf(s.Tiles()[t])
+	return c.get(key, maxTileFrames, func() Frame {
+		var text bytes.Buffer
+		for b := word; b != 0; b &= b - 1 {
+			if text.Len() > 0 {
+				text.WriteByte(',')
+			}
+			slot := t*tailnet.TileNodes + bits.TrailingZeros64(b)
+			text.Write(peerJSON(s, views, slot))
+		}
+		return frame(text.Bytes())
+	})
+}
+
+// looks is a digest of what views changes about the nodes of word in tile t; empty in tailnets without routes and attributes.
+func looks(s *tailnet.Snapshot, views *acl.PeerViews, t int, word uint64) string {
+	if views == nil || (!views.NoIPv4 && len(views.Slots) == 0) {
+		return ""
+	}
+	var out strings.Builder
+	if views.NoIPv4 {
+		out.WriteString("6")
+	}
+	from, _ := slices.BinarySearch(views.Slots, t*tailnet.TileNodes)
+	for i := from; i < len(views.Slots) && views.Slots[i] < (t+1)*tailnet.TileNodes; i++ {
+		if word&(1<<(views.Slots[i]&63)) != 0 {
+			out.WriteByte(byte('A' + views.Slots[i]&63))
+			out.WriteString(lookKey(views.Peers[i]))
+		}
+	}
+	return out.String()
+}
+
+// lookKey is the content of a look as text.
+func lookKey(p *acl.PeerView) string {
+	return string(must(p))
+}
+
+// peerJSON is the JSON object of the node in slot for a viewer with views. The usual look is made once per node.
+func peerJSON(s *tailnet.Snapshot, views *acl.PeerViews, slot int) []byte {
+	n := s.NodeAt(slot)
+	look := s.Look(views, slot)
+	noV4 := views != nil && views.NoIPv4
+	if look != s.Access().Base(slot) || noV4 {
+		return must(peerNode(n, look, noV4))
+	}
+	type kept struct {
+		look *acl.PeerView
+		text []byte
+	}
+	if k, ok := n.Wire.Load("peer"); ok && k.(kept).look.Equal(look) {
+		return k.(kept).text
+	}
+	text := must(peerNode(n, look, false))
+	n.Wire.Store("peer", kept{look, text})
+	return text
+}
+
+// derpFrame is the relay map, the same for all viewers.
+func derpFrame(s *tailnet.Snapshot) Frame {
+	return memo(s, "derp", func() Frame { return frame(append([]byte(`,"DERPMap":`), must(s.Settings().DERPMap)...)) })
+}
+
+// dnsFrame is shared by all viewers unless resolvers are told which device asks.
+func dnsFrame(s *tailnet.Snapshot, slot int) Frame {
+	make := func() Frame { return frame(append([]byte(`,"DNSConfig":`), must(dnsConfig(s, slot))...)) }
+	if personalDNS(s, slot) {
+		return make()
+	}
+	return memo(s, "dns", make)
+}
+
+// personalDNS reports whether the node's DNS settings are for it alone.
+func personalDNS(s *tailnet.Snapshot, slot int) bool {
+	for _, a := range s.Settings().DNS.Global {
+		if strings.HasPrefix(a, nextDNS) {
+			return true
+		}
+	}
+	profile, _ := nextDNSAttrs(s, slot)
+	return profile != ""
+}
+
+// rulesOf is the node's packet filter; a dead node lets nothing in.
+func rulesOf(s *tailnet.Snapshot, slot int) []tailcfg.FilterRule {
+	if s.NodeAt(slot).Dead() {
+		return nil
+	}
+	return s.Access().Filter(slot).Rules
+}
+
+// filterText is always the named form: an empty list of rules cannot be said by MapResponse.PacketFilter.
+func filterText(rules []tailcfg.FilterRule) []byte {
+	if rules == nil {
+		rules = []tailcfg.FilterRule{}
+	}
+	return append(append([]byte(`,"PacketFilters":{"base":`), must(rules)...), '}')
+}
+
+func filterFrame(s *tailnet.Snapshot, slot int) Frame {
+	if s.NodeAt(slot).Dead() {
+		return frame(filterText(nil))
+	}
+	return memo(s, s.Access().Filter(slot), func() Frame { return frame(filterText(rulesOf(s, slot))) })
+}
+
+func sshText(s *tailnet.Snapshot, slot int) []byte {
+	p := &tailcfg.SSHPolicy{Rules: []*tailcfg.SSHRule{}}
+	if !s.NodeAt(slot).Dead() {
+		if w := s.Access().SSH(slot).Wire(); w != nil && len(w.Rules) > 0 {
+			p = w
+		}
+	}
+	return append([]byte(`,"SSHPolicy":`), must(p)...)
+}
+
+func sshFrame(s *tailnet.Snapshot, slot int) Frame {
+	if s.NodeAt(slot).Dead() {
+		return frame(sshText(s, slot))
+	}
+	return memo(s, s.Access().SSH(slot), func() Frame { return frame(sshText(s, slot)) })
+}
+
+// profilesFrame names the owner of the node and of every node in seen: a peer without one breaks Tailscale SSH and WhoIs.
+func profilesFrame(s *tailnet.Snapshot, n *tailnet.Node, seen tailnet.Bits) Frame {
+	ids := owners(s, seen)
+	own := selfProfile(s, n)
+	if n.Tagged() {
+		list := []tailcfg.UserProfile{own}
+		for _, id := range ids {
+			list = append(list, userProfile(s, id))
+		}
+		return frame(profilesText(list))
+	}
+	if i, ok := slices.BinarySearch(ids, n.User); !ok {
+		ids = slices.Insert(ids, i, n.User)
+	}
+	return memo(s, profilesKey(string(must(ids))), func() Frame {
+		var list []tailcfg.UserProfile
+		for _, id := range ids {
+			list = append(list, userProfile(s, id))
+		}
+		return frame(profilesText(list))
+	})
+}
+
+type profilesKey string
+
+func profilesText(list []tailcfg.UserProfile) []byte {
+	return append([]byte(`,"UserProfiles":`), must(list)...)
+}
+
+// owners lists the users that peers see as owning the nodes of b, ascending.
+func owners(s *tailnet.Snapshot, b tailnet.Bits) []tailcfg.UserID {
+	set := make(map[tailcfg.UserID]bool)
+	var last tailcfg.UserID = -1
+	for t, w := range b {
+		for ; w != 0; w &= w - 1 {
+			id := s.NodeAt(t*tailnet.TileNodes + bits.TrailingZeros64(w)).PeerUser()
+			if id != last {
+				set[id] = true
+				last = id
+			}
+		}
+	}
+	out := make([]tailcfg.UserID, 0, len(set))
+	for id := range set {
+		out = append(out, id)
+	}
+	slices.Sort(out)
+	return out
+}
