@@ -1,0 +1,311 @@
+package poll
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+
+	"github.com/signalbox-net/signalbox/control/netmap"
+	"github.com/signalbox-net/signalbox/control/tailnet"
+)
+
+// A Session is one open stream.
+type Session struct {
+	srv     *Server
+	node    tailcfg.NodeID
+	key     key.NodePublic // as the client knows itself; another key of the node means that this stream is over
+	raw     bool
+	w       http.ResponseWriter
+	ctl     *http.ResponseController
+	cancel  context.CancelCauseFunc
+	Started time.Time
+
+	at      *tailnet.Snapshot // what the client was last brought to; owned by run
+	rev     atomic.Int64      // revision of at
+	busy    atomic.Int64      // unix nanoseconds at which the write under way last made progress; 0 when none is
+	written atomic.Int64      // bytes
+}
+
+var (
+	errReplaced = errors.New("a newer stream of the same node began")
+	errStopping = errors.New("the server is stopping")
+	errStalled  = errors.New("the reader makes no progress")
+)
+
+func (s *Server) serveStream(w http.ResponseWriter, r *http.Request, n *tailnet.Node, req *tailcfg.MapRequest) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	x := &Session{
+		srv: s, node: n.ID, key: req.NodeKey, raw: req.Compress == "", w: w, ctl: http.NewResponseController(w), cancel: cancel, Started: s.cfg.Now(),
+	}
+	// Content-Length and sniffing would make net/http hold the first bytes back.
+	w.Header().Set("Content-Type", "application/octet-stream")
+	if req.ReadOnly {
+		_ = x.run(ctx)
+		return
+	}
+	if !s.enter(x) {
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, errStopping.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	defer s.leave(x)
+	s.fill(n, req)
+	err := x.run(ctx)
+	if cause := context.Cause(ctx); cause != nil && err == nil {
+		err = cause
+	}
+	s.log.Debug("stream ended", "node", n.ID, "err", err)
+}
+
+// fill takes what the server lacks from the stream's own request, which otherwise changes nothing: after a restore of an old database a
+// client would not say it again.
+func (s *Server) fill(n *tailnet.Node, req *tailcfg.MapRequest) {
+	if !n.State.DiscoKey.IsZero() || req.DiscoKey.IsZero() {
+		return
+	}
+	u := tailnet.Update{
+		DiscoKey: req.DiscoKey, Cap: req.Version, Hostinfo: tailnet.CleanHostinfo(req.Hostinfo),
+		Endpoints: tailnet.CleanEndpoints(req.Endpoints, req.EndpointTypes),
+	}
+	if u.Hostinfo != nil && u.Hostinfo.NetInfo != nil {
+		u.HomeDERP = u.Hostinfo.NetInfo.PreferredDERP
+	}
+	s.cfg.Ledger.Report(n.ID, u)
+}
+
+// enter makes x the stream of its node; an older one ends.
+func (s *Server) enter(x *Session) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.down {
+		return false
+	}
+	a := s.attend(x.node)
+	if a.leave != nil {
+		a.leave.Stop()
+		a.leave = nil
+	}
+	if a.session != nil {
+		s.Replaced.Add(1)
+		a.session.cancel(errReplaced)
+	}
+	a.session = x
+	s.Sessions.Add(1)
+	s.cfg.Ledger.Attach(x.node, s.cfg.Now())
+	return true
+}
+
+// leave begins the grace after which the node is offline, unless a newer stream has taken over. When the server itself stops nobody goes
+// offline: the clients come back to it.
+func (s *Server) leave(x *Session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Sessions.Add(-1)
+	a := s.nodes[x.node]
+	if a == nil || a.session != x {
+		return
+	}
+	a.session = nil
+	if s.down {
+		return
+	}
+	ended := s.cfg.Now()
+	a.leave = time.AfterFunc(s.cfg.Grace, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.down || s.nodes[x.node] != a || a.session != nil {
+			return
+		}
+		delete(s.nodes, x.node)
+		s.cfg.Ledger.Detach(x.node, ended)
+	})
+}
+
+// Attached reports whether the node has a stream here, or had one a moment ago.
+func (s *Server) Attached(id tailcfg.NodeID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := s.nodes[id]
+	return a != nil && (a.session != nil || a.leave != nil)
+}
+
+// Run watches for stalled readers until ctx ends, and then ends all streams.
+func (s *Server) Run(ctx context.Context) error {
+	t := time.NewTicker(s.cfg.Stall / 6)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			s.stop()
+			return nil
+		case now := <-t.C:
+			for _, x := range s.List() {
+				if busy := x.busy.Load(); busy != 0 && now.UnixNano()-busy > int64(s.cfg.Stall) {
+					s.Stalled.Add(1)
+					x.cancel(errStalled)
+					_ = x.ctl.SetWriteDeadline(time.Unix(1, 0))
+				}
+			}
+		}
+	}
+}
+
+func (s *Server) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.down = true
+	for _, a := range s.nodes {
+		if a.leave != nil {
+			a.leave.Stop()
+		}
+		if a.session != nil {
+			a.session.cancel(errStopping)
+		}
+	}
+}
+
+// List is the sessions that are open now, in no order.
+func (s *Server) List() []*Session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*Session, 0, len(s.nodes))
+	for _, a := range s.nodes {
+		if a.session != nil {
+			out = append(out, a.session)
+		}
+	}
+	return out
+}
+
+// Node is the node whose stream it is.
+func (x *Session) Node() tailcfg.NodeID { return x.node }
+
+// Revision is the last revision that the client was brought to; 0 before its first map.
+func (x *Session) Revision() int64 { return x.rev.Load() }
+
+// Written is the number of bytes written to the stream.
+func (x *Session) Written() int64 { return x.written.Load() }
+
+// run is the life of a session: a KeepAlive, everything, and then whatever changes.
+func (x *Session) run(ctx context.Context) error {
+	// The KeepAlive is first so that a client that waits its turn in a storm does not give up, and because a client that meets its first
+	// KeepAlive after a big map mistakes later messages of equal length for it.
+	if err := x.write(netmap.KeepAliveWire(x.raw)); err != nil {
+		return err
+	}
+	if err := x.full(ctx); err != nil {
+		return err
+	}
+	alive := time.NewTimer(x.pause())
+	defer alive.Stop()
+	rep := x.srv.cfg.Replica
+	for {
+		news := rep.Announced()
+		sent, over, err := x.advance(rep.Current())
+		if err != nil || over {
+			return err
+		}
+		if sent {
+			alive.Reset(x.pause())
+		}
+		select {
+		case <-news:
+		case <-alive.C:
+			if err := x.write(netmap.KeepAliveWire(x.raw)); err != nil {
+				return err
+			}
+			alive.Reset(x.pause())
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// pause is the time to the next KeepAlive.
+func (x *Session) pause() time.Duration {
+	d := x.srv.cfg.KeepAlive
+	return d + rand.N(d/5)
+}
+
+// bytesPerPeer is what a peer adds to a full map, for the gate's estimate.
+const bytesPerPeer = 256
+
+// full sends the first map. A gate on the bytes under way keeps a storm of reconnects from filling the memory.
+func (x *Session) full(ctx context.Context) error {
+	s := x.srv
+	weight := min(int64(len(s.cfg.Replica.Current().Nodes()))*bytesPerPeer+8192, s.cfg.InFlight)
+	s.Waiting.Add(1)
+	err := s.gate.Acquire(ctx, weight)
+	s.Waiting.Add(-1)
+	if err != nil {
+		return err
+	}
+	defer s.gate.Release(weight)
+	snap := s.cfg.Replica.Current()
+	n := snap.Node(x.node)
+	if n == nil {
+		return nil
+	}
+	m := netmap.Full(snap, netmap.Viewer{Slot: n.Slot, Raw: x.raw, Now: s.cfg.Now()})
+	s.FullMaps.Add(1)
+	x.moved(snap)
+	return x.write(netmap.Wire(m, x.raw))
+}
+
+func (x *Session) moved(s *tailnet.Snapshot) {
+	x.at = s
+	x.rev.Store(int64(s.Revision()))
+}
+
+// advance brings the client to snap. over says that the stream has nothing more to say: its node is gone, logged out or has another key.
+func (x *Session) advance(snap *tailnet.Snapshot) (sent, over bool, err error) {
+	if snap == x.at {
+		return false, false, nil
+	}
+	n := snap.Node(x.node)
+	if n == nil {
+		old := x.at.Node(x.node)
+		x.srv.Farewells.Add(1)
+		return true, true, x.write(netmap.Wire(netmap.Farewell(old, snap.Settings().DNS.BaseDomain), x.raw))
+	}
+	if n.NodeKey != x.key {
+		return false, true, nil
+	}
+	messages := netmap.Between(tailnet.Diff(x.at, snap), netmap.Viewer{Slot: n.Slot, Raw: x.raw, Now: x.srv.cfg.Now()})
+	loggedOut := n.LoggedOut && !x.at.Node(x.node).LoggedOut
+	x.moved(snap)
+	for _, m := range messages {
+		x.srv.Deltas.Add(1)
+		if err := x.write(netmap.Wire(m, x.raw)); err != nil {
+			return true, false, err
+		}
+	}
+	return len(messages) > 0, loggedOut, nil
+}
+
+// pieceSize is how much is written at once: HTTP/2's framer keeps a buffer of the largest frame for the life of the connection.
+const pieceSize = 8000
+
+// write sends b and notes progress for the watch on stalled readers.
+func (x *Session) write(b []byte) error {
+	defer x.busy.Store(0)
+	for len(b) > 0 {
+		x.busy.Store(time.Now().UnixNano())
+		n := min(len(b), pieceSize)
+		if _, err := x.w.Write(b[:n]); err != nil {
+			return err
+		}
+		x.written.Add(int64(n))
+		x.srv.Bytes.Add(int64(n))
+		b = b[n:]
+	}
+	x.busy.Store(time.Now().UnixNano())
+	return x.ctl.Flush()
+}
