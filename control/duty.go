@@ -1,0 +1,318 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"tailscale.com/tailcfg"
+
+	"github.com/signalbox-net/signalbox/control/tailnet"
+	"github.com/signalbox-net/signalbox/db"
+)
+
+// system is who acts when nobody asked.
+var system = db.Actor{Kind: "system"}
+
+// dutyEvery is how often due dates are looked at.
+const dutyEvery = time.Second
+
+// jump is a step of the wall clock after which expiry waits: one bad time server must not log everybody out.
+const (
+	jump     = 5 * time.Minute
+	jumpWait = 10 * time.Minute
+)
+
+// duties turns due dates into revisions until ctx ends. Each is written so that any server may do it, and doing it twice changes nothing.
+func (s *Server) duties(ctx context.Context) error {
+	tick := time.NewTicker(dutyEvery)
+	defer tick.Stop()
+	s.beat(ctx)
+	last, lastWall := time.Now(), s.cfg.Now()
+	var resume time.Time // of expiry, after a jump; by the monotonic clock
+	var sweep int
+	for {
+		news := s.cfg.Replica.Announced()
+		s.approveRoutes(ctx)
+		s.electPrimaries(ctx)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-news:
+			continue
+		case <-tick.C:
+		}
+		now, wall := time.Now(), s.cfg.Now()
+		if off := wall.Round(0).Sub(lastWall.Round(0)) - now.Sub(last); off.Abs() > jump {
+			s.log.Error("the clock jumped; key expiry waits", "by", off, "wait", jumpWait)
+			resume = now.Add(jumpWait)
+		}
+		last, lastWall = now, wall
+		if now.After(resume) {
+			s.expire(ctx, wall)
+			s.removeEphemeral(ctx, wall)
+		}
+		if sweep++; sweep%15 == 0 {
+			s.beat(ctx)
+			s.reap(ctx, wall)
+		}
+		if sweep%60 == 0 {
+			s.sweep(ctx)
+		}
+	}
+}
+
+func (s *Server) do(ctx context.Context, what string, fn func(*db.Tx) error) {
+	_, err := s.cfg.Ledger.DoWait(ctx, system, fn)
+	if err != nil && !errors.Is(err, db.ErrNotFound) && ctx.Err() == nil {
+		s.log.Error(what, "err", err)
+	}
+}
+
+// beat says that this server lives.
+func (s *Server) beat(ctx context.Context) {
+	s.do(ctx, "heartbeat", func(tx *db.Tx) error {
+		i := s.cfg.Instance
+		i.Heartbeat = tx.Now()
+		return tx.Heartbeat(&i)
+	})
+}
+
+// expire marks nodes whose key has ended.
+func (s *Server) expire(ctx context.Context, now time.Time) {
+	var due []tailcfg.NodeID
+	for _, n := range s.cfg.Replica.Current().Nodes() {
+		if n != nil && !n.Expired && !n.Expiry.IsZero() && !n.Expiry.After(now) {
+			due = append(due, n.ID)
+		}
+	}
+	if len(due) == 0 {
+		return
+	}
+	s.do(ctx, "expire nodes", func(tx *db.Tx) error {
+		for _, id := range due {
+			rec, err := tx.Node(id)
+			if errors.Is(err, db.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if rec.Expired || rec.Expiry.IsZero() || rec.Expiry.After(tx.Now()) {
+				continue
+			}
+			rec.Expired = true
+			if err := tx.PutNode(rec); err != nil {
+				return err
+			}
+			if err := tx.Audit("node.expired", fmt.Sprintf("node:%d", id), nil, map[string]any{"name": rec.GivenName, "expiry": rec.Expiry}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// removeEphemeral deletes ephemeral nodes that were away too long, also those that registered and never came.
+func (s *Server) removeEphemeral(ctx context.Context, now time.Time) {
+	if s.cfg.EphemeralTimeout <= 0 {
+		return
+	}
+	for _, n := range s.cfg.Replica.Current().Nodes() {
+		if n == nil || !n.Ephemeral || n.State.Online || now.Sub(lastSign(n)) < s.cfg.EphemeralTimeout {
+			continue
+		}
+		s.do(ctx, "remove ephemeral node", func(tx *db.Tx) error {
+			rec, err := tx.Node(n.ID)
+			if err != nil {
+				return err
+			}
+			if rec.State.Online || !rec.Ephemeral || s.Poll.Attached(rec.ID) {
+				return nil
+			}
+			if err := tx.DeleteNode(rec.ID); err != nil {
+				return err
+			}
+			return tx.Audit("node.delete", fmt.Sprintf("node:%d", rec.ID), map[string]any{"name": rec.GivenName, "ephemeral": true, "lastSeen": rec.State.LastSeen}, nil)
+		})
+	}
+}
+
+// lastSign is when a node was last known to be there.
+func lastSign(n *tailnet.Node) time.Time {
+	if n.State.LastSeen.After(n.Created) {
+		return n.State.LastSeen
+	}
+	return n.Created
+}
+
+// reap takes nodes offline whose server went away and that did not come back to another within the grace.
+func (s *Server) reap(ctx context.Context, now time.Time) {
+	if now.Sub(s.started) < s.cfg.ReturnGrace {
+		return
+	}
+	alive := map[int64]bool{s.cfg.Instance.ID: true}
+	err := s.cfg.Store.View(ctx, func(r *db.Reader) error {
+		list, err := r.Instances()
+		for _, i := range list {
+			if now.Sub(i.Heartbeat) < s.cfg.ReturnGrace {
+				alive[i.ID] = true
+			}
+		}
+		return err
+	})
+	if err != nil {
+		s.log.Error("read instances", "err", err)
+		return
+	}
+	gone := map[tailcfg.NodeID]db.NodeState{}
+	for _, n := range s.cfg.Replica.Current().Nodes() {
+		if n == nil || !n.State.Online {
+			continue
+		}
+		mine := n.State.Instance == s.cfg.Instance.ID
+		if mine && s.Poll.Attached(n.ID) || !mine && alive[n.State.Instance] {
+			continue
+		}
+		gone[n.ID] = db.NodeState{}
+	}
+	if len(gone) == 0 {
+		return
+	}
+	s.do(ctx, "take nodes offline", func(tx *db.Tx) error {
+		for id := range gone {
+			rec, err := tx.Node(id)
+			if errors.Is(err, db.ErrNotFound) || err == nil && (!rec.State.Online || s.Poll.Attached(id)) {
+				delete(gone, id)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			st := rec.State
+			st.Online, st.Instance, st.LastSeen = false, 0, tx.Now()
+			gone[id] = st
+		}
+		return tx.PutNodeStates(gone)
+	})
+}
+
+// sweep forgets what has had its time.
+func (s *Server) sweep(ctx context.Context) {
+	s.do(ctx, "sweep", func(tx *db.Tx) error {
+		if _, err := tx.SweepAuthRequests(); err != nil {
+			return err
+		}
+		_, err := tx.SweepTombstones()
+		return err
+	})
+	if err := s.cfg.Store.Prune(ctx); err != nil && ctx.Err() == nil {
+		s.log.Error("prune the change log", "err", err)
+	}
+}
+
+// approveRoutes approves what the policy's autoApprovers say.
+func (s *Server) approveRoutes(ctx context.Context) {
+	snap := s.cfg.Replica.Current()
+	want := map[tailcfg.NodeID][]netip.Prefix{}
+	for slot, n := range snap.Nodes() {
+		if n == nil {
+			continue
+		}
+		for _, r := range snap.Access().AutoApproves(slot) {
+			if !slices.Contains(n.ApprovedRoutes, r) {
+				want[n.ID] = append(want[n.ID], r)
+			}
+		}
+	}
+	if len(want) == 0 {
+		return
+	}
+	s.do(ctx, "approve routes by policy", func(tx *db.Tx) error {
+		for _, id := range slices.Sorted(maps.Keys(want)) {
+			rec, err := tx.Node(id)
+			if errors.Is(err, db.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			before := rec.ApprovedRoutes
+			rec.ApprovedRoutes = slices.Clone(before)
+			for _, r := range want[id] {
+				if !slices.Contains(rec.ApprovedRoutes, r) {
+					rec.ApprovedRoutes = append(rec.ApprovedRoutes, r)
+				}
+			}
+			if len(rec.ApprovedRoutes) == len(before) {
+				continue
+			}
+			if err := tx.PutNode(rec); err != nil {
+				return err
+			}
+			if err := tx.Audit("node.routes.auto_approve", fmt.Sprintf("node:%d", id), before, rec.ApprovedRoutes); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// electPrimaries keeps a living router in front of every prefix that several routers serve. The default, the router with the lowest id, needs
+// no row; a row is written when another has to stand in, and stays while that one is well, so that routes do not flap.
+func (s *Server) electPrimaries(ctx context.Context) {
+	snap := s.cfg.Replica.Current()
+	routers := map[netip.Prefix][]*tailnet.Node{}
+	for _, n := range snap.Nodes() {
+		if n == nil || n.Dead() {
+			continue
+		}
+		for _, r := range n.Routes() {
+			if r.Bits() > 0 {
+				routers[r] = append(routers[r], n)
+			}
+		}
+	}
+	rows := snap.ACLTailnet().Primaries
+	set, drop := map[netip.Prefix]tailcfg.NodeID{}, []netip.Prefix{}
+	for prefix, list := range routers {
+		cur := list[0]
+		row, stored := rows[prefix]
+		if stored {
+			if i := slices.IndexFunc(list, func(n *tailnet.Node) bool { return n.ID == row }); i >= 0 {
+				cur = list[i]
+			}
+		}
+		if cur.State.Online {
+			continue
+		}
+		if i := slices.IndexFunc(list, func(n *tailnet.Node) bool { return n.State.Online }); i >= 0 && list[i] != cur {
+			set[prefix] = list[i].ID
+		}
+	}
+	for prefix := range rows {
+		if len(routers[prefix]) == 0 {
+			drop = append(drop, prefix)
+		}
+	}
+	if len(set) == 0 && len(drop) == 0 {
+		return
+	}
+	s.do(ctx, "elect primary routers", func(tx *db.Tx) error {
+		for prefix, id := range set {
+			if err := tx.SetPrimary(prefix, id); err != nil {
+				return err
+			}
+		}
+		for _, prefix := range drop {
+			if err := tx.DeletePrimary(prefix); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
