@@ -1,0 +1,166 @@
+package serve
+
+import (
+	"crypto/tls"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+
+	"github.com/go-chi/chi/v5"
+
+	"github.com/signalbox-net/signalbox/derp"
+	"github.com/signalbox-net/signalbox/web/apiv1"
+	"github.com/signalbox-net/signalbox/web/auth"
+	"github.com/signalbox-net/signalbox/web/listener"
+	"github.com/signalbox-net/signalbox/web/pages"
+)
+
+// buildDoors binds the main listener, port 80 beside it where clients look for it, the metrics listener and the unix socket.
+func (s *server) buildDoors() error {
+	s.guard = listener.NewGuard(listener.GuardConfig{})
+	api := s.api()
+	main := s.mainHandler(api)
+	tlsConf, http01, err := s.tlsConfig()
+	if err != nil {
+		return err
+	}
+	if tlsConf != nil && s.relay != nil && s.cfg.TLS.CertPath != "" {
+		s.relay.AddMetaCert(tlsConf)
+	}
+	list := []listener.Config{{Name: "listen_addr", Addr: s.cfg.ListenAddr, TLS: tlsConf, Handler: main, TrustedProxies: s.cfg.TrustedProxies}}
+	if door, ok := s.port80(main, http01); ok {
+		list = append(list, door)
+	}
+	if s.cfg.MetricsListenAddr != "" {
+		list = append(list, listener.Config{Name: "metrics_listen_addr", Addr: s.cfg.MetricsListenAddr, Handler: s.debugHandler()})
+	}
+	list = append(list, listener.Config{
+		Name: "unix_socket", Unix: s.cfg.UnixSocket, UnixMode: s.cfg.UnixSocketPermission, Handler: s.local(api),
+	})
+	for _, c := range list {
+		c.Log = s.log
+		if c.Unix == "" {
+			c.Guard = s.guard
+		}
+		d, err := listener.New(c)
+		if err != nil {
+			return err
+		}
+		if err := d.Listen(); err != nil {
+			return err
+		}
+		s.doors = append(s.doors, d)
+	}
+	return nil
+}
+
+// tlsConfig is nil when the main listener speaks plain HTTP. The second result answers ACME's HTTP-01 challenges, if they are used.
+func (s *server) tlsConfig() (*tls.Config, func(http.Handler) http.Handler, error) {
+	c := &s.cfg.TLS
+	switch {
+	case c.CertPath != "":
+		s.certs = listener.NewCertFiles(c.CertPath, c.KeyPath, s.log)
+		if err := s.certs.Reload(); err != nil {
+			return nil, nil, fmt.Errorf("tls_cert_path: %w", err)
+		}
+		return s.certs.TLSConfig(), nil, nil
+	case c.LetsEncryptHostname != "":
+		acme, err := listener.NewACME(listener.ACMEConfig{Hostname: c.LetsEncryptHostname, CacheDir: c.LetsEncryptCacheDir, URL: s.cfg.ACMEURL, Email: s.cfg.ACMEEmail})
+		if err != nil {
+			return nil, nil, err
+		}
+		if c.LetsEncryptChallengeType == "HTTP-01" {
+			return acme.TLSConfig(), acme.Handler, nil
+		}
+		return acme.TLSConfig(), nil, nil
+	}
+	return nil, nil, nil
+}
+
+// port80 is the plain listener beside an https one: a client that finds port 80 closed asks foreign bootstrap servers for our name.
+func (s *server) port80(main http.Handler, http01 func(http.Handler) http.Handler) (listener.Config, bool) {
+	u, err := url.Parse(s.cfg.ServerURL)
+	if err != nil || u.Scheme != "https" {
+		return listener.Config{}, false
+	}
+	h := listener.Companion(main, u)
+	addr, name, optional := hostOf(s.cfg.ListenAddr)+":80", "port 80", true
+	if http01 != nil {
+		h = http01(h)
+		addr, name, optional = s.cfg.TLS.LetsEncryptListen, "tls_letsencrypt_listen", false
+	}
+	return listener.Config{Name: name, Addr: addr, Handler: h, Optional: optional, TrustedProxies: s.cfg.TrustedProxies}, true
+}
+
+// hostOf is the host part of a listen address, in brackets if it has to be.
+func hostOf(addr string) string {
+	i := strings.LastIndexByte(addr, ':')
+	if i < 0 {
+		return ""
+	}
+	return addr[:i]
+}
+
+func (s *server) api() http.Handler {
+	return apiv1.New(apiv1.Config{
+		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, Replica: s.replica, Register: s.control.Register, Auth: s.checker, Pools: s.pools(),
+		PolicyMode: s.cfg.Policy.Mode, Log: s.log,
+	})
+}
+
+// mainHandler is everything that clients and people reach.
+func (s *server) mainHandler(api http.Handler) http.Handler {
+	r := chi.NewRouter()
+	s.control.Routes(r)
+	if s.relay != nil {
+		relay := s.relay.Handler()
+		for _, path := range []string{"/derp", "/derp/probe", "/derp/latency-check", "/bootstrap-dns", "/generate_204"} {
+			r.Handle(path, relay)
+		}
+	}
+	r.Method(http.MethodPost, "/verify", derp.VerifyHandler(s.admit, s.mayVerify, listener.ClientAddr))
+	r.Handle("/api/v1", api)
+	r.Handle("/api/v1/*", api)
+	rest := pages.New(pages.Config{
+		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, ServerURL: s.cfg.ServerURL, Build: build(), Checks: s.checks(), Log: s.log,
+	})
+	r.NotFound(rest.ServeHTTP)
+	r.MethodNotAllowed(rest.ServeHTTP)
+	return r
+}
+
+// local is the handler of the unix socket: whoever can open it is an administrator.
+func (s *server) local(api http.Handler) http.Handler {
+	rest := pages.New(pages.Config{Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, ServerURL: s.cfg.ServerURL, Build: build(), Checks: s.checks(), Log: s.log})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		uid := -1
+		if u, ok := listener.PeerUID(r.Context()); ok {
+			uid = int(u)
+		}
+		r = r.WithContext(auth.Local(r.Context(), uid))
+		if strings.HasPrefix(r.URL.Path, "/api/") {
+			api.ServeHTTP(w, r)
+			return
+		}
+		rest.ServeHTTP(w, r)
+	})
+}
+
+// mayVerify reports whether a relay at this address may ask who is a member: this machine, and the nodes of the relay map.
+func (s *server) mayVerify(a netip.Addr) bool {
+	if a.IsLoopback() {
+		return true
+	}
+	for _, region := range s.replica.Current().Settings().DERPMap.Regions {
+		for _, n := range region.Nodes {
+			for _, text := range []string{n.IPv4, n.IPv6, n.HostName} {
+				if ip, err := netip.ParseAddr(text); err == nil && ip == a {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}

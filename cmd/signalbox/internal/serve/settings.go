@@ -1,0 +1,150 @@
+package serve
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"tailscale.com/tailcfg"
+
+	"github.com/signalbox-net/signalbox/control/tailnet"
+	"github.com/signalbox-net/signalbox/db"
+	"github.com/signalbox-net/signalbox/derp"
+	"github.com/signalbox-net/signalbox/web/listener"
+)
+
+// storeSettings writes what the configuration says of the tailnet into it. Documents that have not changed make no revision.
+func (s *server) storeSettings(ctx context.Context) error {
+	regions, err := s.regions.Load()
+	if err != nil {
+		return err
+	}
+	d := &s.cfg.DNS
+	docs := map[string]any{
+		tailnet.SettingDNS: tailnet.DNS{
+			MagicDNS: d.MagicDNS, BaseDomain: strings.Trim(d.BaseDomain, "."), OverrideLocal: d.OverrideLocalDNS, Global: d.Nameservers.Global,
+			Split: d.Nameservers.Split, SearchDomains: d.SearchDomains,
+		},
+		tailnet.SettingOptions: tailnet.Options{
+			Domains: s.cfg.Policy.Domains, Taildrop: s.cfg.Taildrop.Enabled, LogTail: s.cfg.LogTail.Enabled, AutoUpdate: s.cfg.AutoUpdate.Enabled,
+			ControlURL: s.cfg.ServerURL,
+		},
+		tailnet.SettingDERPMap: regions,
+	}
+	if d.ExtraRecordsPath == "" {
+		records := []tailcfg.DNSRecord{}
+		for _, r := range d.ExtraRecords {
+			records = append(records, tailcfg.DNSRecord{Name: r.Name, Type: r.Type, Value: r.Value})
+		}
+		docs[tailnet.SettingExtraRecords] = records
+	}
+	_, err = s.store.Update(ctx, s.tailnet, system, func(tx *db.Tx) error {
+		for name, doc := range docs {
+			if err := putSetting(tx, name, doc); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("store settings: %w", err)
+	}
+	return nil
+}
+
+func putSetting(tx *db.Tx, name string, doc any) error {
+	b, err := json.Marshal(doc)
+	if err != nil {
+		return fmt.Errorf("setting %s: %w", name, err)
+	}
+	_, err = tx.PutSetting(name, b)
+	return err
+}
+
+// putDERPMap stores a new relay map, which then reaches the clients like any other change.
+func (s *server) putDERPMap(m *tailcfg.DERPMap) {
+	_, err := s.ledger.Do(context.Background(), system, func(tx *db.Tx) error { return putSetting(tx, tailnet.SettingDERPMap, m) })
+	if err != nil {
+		s.log.Error("store the relay map", "err", err)
+	}
+}
+
+// relayConfig translates the configuration's part on the relay. While the control URL is http the relay has a TLS listener of its own, since
+// clients speak only TLS to a relay.
+func (s *server) relayConfig() (derp.Config, error) {
+	c := &s.cfg.DERP.Server
+	u, err := url.Parse(s.cfg.ServerURL)
+	if err != nil {
+		return derp.Config{}, fmt.Errorf("server_url: %w", err)
+	}
+	cfg := derp.Config{
+		PrivateKey: s.secrets.derp, Admit: s.admit, RegionID: c.RegionID, RegionCode: c.RegionCode, RegionName: c.RegionName, HostName: c.HostName,
+		IPv4: c.IPv4, IPv6: c.IPv6, STUNListen: c.STUNListenAddr, STUNSecondListen: c.STUNSecondListenAddr, BootstrapHosts: []string{u.Hostname()},
+		Source: listener.ClientAddr, Identified: listener.Identify, Log: s.log,
+		OnDuplicate: func(d derp.Duplicate) {
+			s.log.Warn("one node key on two relay connections: a copied key, or a reconnect", "key", d.Key.ShortString(), "new", d.New, "old", d.Old)
+		},
+	}
+	if u.Scheme == "https" {
+		cfg.PublicPort = 443
+		if p := u.Port(); p != "" {
+			if cfg.PublicPort, err = strconv.Atoi(p); err != nil {
+				return cfg, fmt.Errorf("server_url: port %q", p)
+			}
+		}
+		return cfg, nil
+	}
+	cfg.TLSListen = c.ListenAddr
+	host := c.HostName
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	cfg.CertPEM, cfg.KeyPEM, err = s.certificate(context.Background(), host)
+	return cfg, err
+}
+
+func (s *server) pools() db.Pools {
+	p := &s.cfg.Prefixes
+	return db.Pools{IPv4: p.V4, IPv6: p.V6, Random: p.Allocation == "random"}
+}
+
+// reserved are labels that would hide a name that is not a device's: the server's own, and extra records'.
+func (s *server) reserved() []string {
+	base := "." + strings.Trim(s.cfg.DNS.BaseDomain, ".")
+	var out []string
+	add := func(name string) {
+		if label, ok := strings.CutSuffix(strings.Trim(name, "."), base); ok && !strings.Contains(label, ".") {
+			out = append(out, label)
+		}
+	}
+	if u, err := url.Parse(s.cfg.ServerURL); err == nil {
+		add(u.Hostname())
+	}
+	for _, r := range s.cfg.DNS.ExtraRecords {
+		add(r.Name)
+	}
+	return out
+}
+
+// machineAddrs are addresses by which other machines may reach this one over plain HTTP: private ones.
+func machineAddrs() []netip.Addr {
+	list, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil
+	}
+	var out []netip.Addr
+	for _, a := range list {
+		p, err := netip.ParsePrefix(a.String())
+		if err == nil && p.Addr().IsPrivate() {
+			out = append(out, p.Addr())
+		}
+	}
+	return out
+}
+
+func hostPort(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
