@@ -119,6 +119,7 @@ type PeerView struct {
 	AllowedIPs    []netip.Prefix
 	PrimaryRoutes []netip.Prefix
 	CapMap        tailcfg.NodeCapMap
+	hash          uint64
 }
 
 // PeerViews lists the peers that look other than their Base to one viewer, in

@@ -130,7 +130,7 @@ func (b *imagination) devices(r *resolver, name string) []Node {
 	switch s.kind {
 	case selTag:
 		out = append(out, Node{Tags: []string{s.name}})
-	case selUser, selGroup, selUserDomain, selRole:
+	case selUser, selGroup, selUserDomain, selRole, selMember:
 		for i := range r.t.Users {
 			if u := &r.t.Users[i]; r.isUser(b.k.p, &s, u) {
 				out = append(out, Node{User: u.ID})
@@ -256,6 +256,10 @@ func (k *checker) test(x *test) {
 	senders, err := k.senders(x.at, x.src)
 	if err != nil {
 		k.fail(orAt(x.src.at, x.at), "%v", err)
+		return
+	}
+	if len(senders) == 0 {
+		k.fail(x.src.at, "src %q: no device is meant", x.src.s)
 		return
 	}
 	for _, d := range x.accept {

@@ -72,8 +72,8 @@ func (k *checker) sshReceivers(d text) ([]int, error) {
 // verdict: accept, check or deny.
 func (k *checker) sshLogins(x *sshTest, users []text, d text, senders []sender, slots []int, want string) {
 	for _, u := range users {
-		if u.s == "" {
-			k.fail(u.at, "a login name cannot be empty")
+		if u.s == "" || u.s == "*" {
+			k.fail(u.at, "%q is no login name", u.s)
 			continue
 		}
 		for _, slot := range slots {

@@ -1,6 +1,8 @@
 package acl
 
 import (
+	"encoding/binary"
+	"math/bits"
 	"net/netip"
 	"slices"
 
@@ -144,83 +146,156 @@ func (c *compiler) baseViews(attrs *attributes) []*PeerView {
 	return out
 }
 
-// shown says that some viewers see a route on a router.
+// shown says that some viewers see routes on a router: those in a set, and
+// some more by name. The router itself is never meant.
 type shown struct {
 	router  int
-	prefix  netip.Prefix
-	primary bool // listed in PrimaryRoutes
-	viewers nodeset
+	routes  []netip.Prefix
+	primary bool  // listed in PrimaryRoutes
+	viewers int   // index in viewPlan.sets
+	also    []int // ascending slots
+}
+
+// viewPlan collects which viewers see what. Viewer sets are interned: routes
+// usually have few distinct audiences, and viewers in the same sets share one
+// answer.
+type viewPlan struct {
+	c     *compiler
+	items []shown
+	sets  []set
+	index map[uint64][]int
+}
+
+func (v *viewPlan) intern(s set) int {
+	h := s.hash()
+	for _, i := range v.index[h] {
+		if v.sets[i].equal(s) {
+			return i
+		}
+	}
+	v.sets = append(v.sets, s)
+	v.index[h] = append(v.index[h], len(v.sets)-1)
+	return len(v.sets) - 1
 }
 
 // peerViews decides which viewer sees which route on which peer.
 func (c *compiler) peerViews(attrs *attributes, r *routing, base []*PeerView) []*PeerViews {
-	var items []shown
+	plan := &viewPlan{c: c, index: map[uint64][]int{}}
+	reach := newReach(c)
 	for _, p := range r.prefixes {
-		items = c.subnetViews(items, r, p)
+		plan.subnet(r, reach, p)
 	}
-	items = c.exitViews(items, r)
-	slices.SortStableFunc(items, func(a, b shown) int { return a.router - b.router })
-
-	total := 0
-	for i := range items {
-		total += len(items[i].viewers.list)
+	plan.exits(r)
+	slices.SortStableFunc(plan.items, func(a, b shown) int { return a.router - b.router })
+	b := &viewBuilder{
+		c: c, plan: plan, base: base, attrs: attrs, special: newSet(c.n),
+		index: map[uint64][]builtViews{}, content: map[uint64][]*PeerViews{}, peers: map[peerKey]*PeerView{},
 	}
-	c.spend(total, maxViews, "visible routes")
-	lists := make([][]int32, c.n)
-	for i := range items {
-		for _, viewer := range items[i].viewers.list {
-			lists[viewer] = append(lists[viewer], int32(i))
+	for i := range plan.items {
+		b.special.add(plan.items[i].router)
+		for _, slot := range plan.items[i].also {
+			b.special.add(slot)
 		}
 	}
-	b := &viewBuilder{c: c, items: items, base: base, attrs: attrs, index: map[uint64][]builtViews{}, peers: map[uint64][]*PeerView{}}
+	member := make([][]int32, c.n)
+	for i, s := range plan.sets {
+		for slot := range s.all {
+			member[slot] = append(member[slot], int32(i))
+		}
+	}
 	out := make([]*PeerViews, c.n)
 	for slot := range c.n {
-		out[slot] = b.build(slot, lists[slot])
+		out[slot] = b.build(slot, member[slot])
 	}
 	return out
 }
 
-// subnetViews shows one prefix: on its primary to everybody whom a rule lets
-// reach it and to the other routers of it, and by via to the rest.
-func (c *compiler) subnetViews(items []shown, r *routing, p netip.Prefix) []shown {
-	rng := netipx.RangeOfPrefix(p)
+// subnet shows one prefix: on its primary to everybody whom a rule lets reach
+// it and to the other routers of it, and by via to the rest.
+func (v *viewPlan) subnet(r *routing, reach *reach, p netip.Prefix) {
+	c, rng := v.c, netipx.RangeOfPrefix(p)
 	taken := newSet(c.n)
-	for _, f := range c.flows {
-		if f.via == nil && c.touches(f, rng) {
-			f.src.cover.orInto(taken)
-		}
+	steered := reach.viewers(taken, rng)
+	routers := r.routers[p]
+	if primary, ok := r.primary[p]; ok {
+		v.items = append(v.items, shown{
+			router: primary, routes: []netip.Prefix{p}, primary: !r.services[p], viewers: v.intern(taken), also: routers,
+		})
 	}
-	// Whom the subnet may send to must accept its packets, so it sees the
-	// route as well.
-	for _, s := range c.sources {
-		if c.sourceIn(s, rng) {
-			s.deliver.orInto(taken)
-		}
+	if len(steered) == 0 {
+		return
 	}
-	for _, slot := range r.routers[p] {
+	taken = taken.clone()
+	for _, slot := range routers {
 		taken.add(slot)
 	}
-	if primary, ok := r.primary[p]; ok {
-		items = appendShown(items, primary, p, !r.services[p], taken, nil)
-	}
-	for _, f := range c.flows {
-		if f.via == nil || !c.touches(f, rng) {
-			continue
-		}
+	for _, f := range steered {
 		var tagged []int
-		for _, slot := range r.routers[p] {
+		for _, slot := range routers {
 			if f.via.nodes.has(slot) {
 				tagged = append(tagged, slot)
 			}
 		}
-		if router, ok := c.electFrom(p, tagged); ok {
-			viewers := newSet(c.n)
-			f.src.cover.orInto(viewers)
-			items = appendShown(items, router, p, !r.services[p], viewers, taken)
-			taken.or(viewers)
+		router, ok := c.electFrom(p, tagged)
+		if !ok {
+			continue
+		}
+		viewers := newSet(c.n)
+		f.src.cover.orInto(viewers)
+		for i := range viewers {
+			viewers[i] &^= taken[i]
+		}
+		v.items = append(v.items, shown{
+			router: router, routes: []netip.Prefix{p}, primary: !r.services[p], viewers: v.intern(viewers),
+		})
+		taken.or(viewers)
+	}
+}
+
+// reach answers who may exchange packets with a subnet.
+type reach struct {
+	c     *compiler
+	flows []*flow   // those that can concern a range: all but plain node destinations
+	wide  []*source // sources with ranges
+}
+
+func newReach(c *compiler) *reach {
+	r := &reach{c: c}
+	for _, f := range c.flows {
+		if len(c.overlay) > 0 || slices.ContainsFunc(f.parts, func(pt part) bool {
+			return pt.kind == partAll || pt.kind == partRange
+		}) {
+			r.flows = append(r.flows, f)
 		}
 	}
-	return items
+	for _, s := range c.sources {
+		if s.any || len(s.ranges) > 0 || len(c.overlay) > 0 {
+			r.wide = append(r.wide, s)
+		}
+	}
+	return r
+}
+
+// viewers adds everybody whom a rule without via lets reach the range, and
+// everybody whom the range may reach, for who accepts packets from a subnet
+// must know the route. It returns the flows with via.
+func (r *reach) viewers(out set, rng netipx.IPRange) (steered []*flow) {
+	for _, f := range r.flows {
+		if !r.c.touches(f, rng) {
+			continue
+		}
+		if f.via != nil {
+			steered = append(steered, f)
+		} else {
+			f.src.cover.orInto(out)
+		}
+	}
+	for _, s := range r.wide {
+		if r.c.sourceIn(s, rng) {
+			s.deliver.orInto(out)
+		}
+	}
+	return steered
 }
 
 // touches reports whether the flow has a destination in the range.
@@ -263,161 +338,204 @@ func (c *compiler) sourceIn(s *source, rng netipx.IPRange) bool {
 	return found
 }
 
-// appendShown adds an item for the viewers without those in except and without
-// the router itself. viewers is changed.
-func appendShown(items []shown, router int, p netip.Prefix, primary bool, viewers, except set) []shown {
-	it := shown{router: router, prefix: p, primary: primary}
-	for slot := range viewers.all {
-		if slot != router && !except.has(slot) {
-			it.viewers.list = append(it.viewers.list, int32(slot))
-		}
+// exits shows the exit routes of each exit node to those who may use it and to
+// the other exit nodes.
+func (v *viewPlan) exits(r *routing) {
+	c := v.c
+	if c.exits.empty() {
+		return
 	}
-	if len(it.viewers.list) == 0 {
-		return items
-	}
-	return append(items, it)
-}
-
-// exitViews shows the exit routes of each exit node to those who may use it
-// and to the other exit nodes.
-func (c *compiler) exitViews(items []shown, r *routing) []shown {
+	var all []int
 	for slot := range c.exits.all {
-		viewers := c.exits.clone()
-		for _, f := range c.flows {
-			if f.via != nil && !f.via.nodes.has(slot) {
-				continue
-			}
-			for i := range f.parts {
-				if k := f.parts[i].kind; k == partAll || k == partInternet {
-					f.src.cover.orInto(viewers)
-					break
-				}
-			}
+		all = append(all, slot)
+	}
+	open := newSet(c.n)
+	var steered []*flow
+	for _, f := range c.flows {
+		if !slices.ContainsFunc(f.parts, func(pt part) bool { return pt.kind == partAll || pt.kind == partInternet }) {
+			continue
 		}
-		for _, p := range r.exitRoutes[slot] {
-			items = appendShown(items, slot, p, false, viewers, nil)
+		if f.via != nil {
+			steered = append(steered, f)
+		} else {
+			f.src.cover.orInto(open)
 		}
 	}
-	return items
+	for _, slot := range all {
+		viewers := open
+		for _, f := range steered {
+			if f.via.nodes.has(slot) {
+				viewers = viewers.clone()
+				f.src.cover.orInto(viewers)
+			}
+		}
+		v.items = append(v.items, shown{router: slot, routes: r.exitRoutes[slot], viewers: v.intern(viewers), also: all})
+	}
 }
 
-// viewBuilder shares equal views.
+// viewBuilder turns a plan into each viewer's answer.
 type viewBuilder struct {
-	c     *compiler
-	items []shown
-	base  []*PeerView
-	attrs *attributes
-	index map[uint64][]builtViews
-	peers map[uint64][]*PeerView
+	c       *compiler
+	plan    *viewPlan
+	base    []*PeerView
+	attrs   *attributes
+	special set // routers and viewers by name: what they see is their own
+	index   map[uint64][]builtViews
+	content map[uint64][]*PeerViews
+	peers   map[peerKey]*PeerView
 }
 
 type builtViews struct {
-	items []int32
+	sets  []int32
 	views *PeerViews
 }
 
-func (b *viewBuilder) build(slot int, list []int32) *PeerViews {
+// peerKey identifies what one viewer sees of a router: a run of items, of
+// which some are shown. Runs longer than the mask are not cached.
+type peerKey struct {
+	router int
+	mask   uint64
+	noIPv4 bool
+}
+
+func (b *viewBuilder) build(slot int, sets []int32) *PeerViews {
 	noIPv4 := b.attrs.noIPv4.has(slot)
+	shared := !b.special.has(slot)
 	h := newHash()
 	if noIPv4 {
 		h.word(1)
 	}
-	for _, i := range list {
+	for _, i := range sets {
 		h.word(uint64(i))
 	}
-	for _, k := range b.index[h.sum()] {
-		if k.views.NoIPv4 == noIPv4 && slices.Equal(k.items, list) {
-			return k.views
+	if shared {
+		for _, k := range b.index[h.sum()] {
+			if k.views.NoIPv4 == noIPv4 && slices.Equal(k.sets, sets) {
+				return k.views
+			}
 		}
 	}
-	v := &PeerViews{NoIPv4: noIPv4}
-	if noIPv4 {
-		b.withoutIPv4(v, list)
-	} else {
-		for len(list) > 0 {
-			n := b.sameRouter(list)
-			v.Slots = append(v.Slots, b.items[list[0]].router)
-			v.Peers = append(v.Peers, b.peer(list[:n], false))
-			list = list[n:]
-		}
+	v := b.intern(b.views(slot, sets, noIPv4))
+	if shared {
+		b.index[h.sum()] = append(b.index[h.sum()], builtViews{sets, v})
 	}
-	v.hash = hashViews(v)
-	for _, k := range b.index[h.sum()] {
-		if k.views.Equal(v) {
-			return k.views
-		}
-	}
-	b.index[h.sum()] = append(b.index[h.sum()], builtViews{slices.Clone(list), v})
 	return v
 }
 
-func (b *viewBuilder) sameRouter(list []int32) int {
-	n := 1
-	for n < len(list) && b.items[list[n]].router == b.items[list[0]].router {
-		n++
-	}
-	return n
-}
-
-// withoutIPv4 lists every peer that has an IPv4 address to hide or routes to
-// show.
-func (b *viewBuilder) withoutIPv4(v *PeerViews, list []int32) {
-	for slot := range b.c.live.all {
-		n := 0
-		if len(list) > 0 && b.items[list[0]].router == slot {
-			n = b.sameRouter(list)
-		}
-		switch {
-		case n > 0:
-			v.Slots, v.Peers = append(v.Slots, slot), append(v.Peers, b.peer(list[:n], true))
-		case b.c.t.Nodes[slot].IPv4.IsValid() && !b.attrs.noIPv4.has(slot):
-			p := *b.base[slot]
-			p.AllowedIPs = b.c.addresses(slot, true)
-			v.Slots, v.Peers = append(v.Slots, slot), append(v.Peers, b.share(&p))
-		}
-		list = list[n:]
-	}
-}
-
-// peer is one router's view with the routes of the items.
-func (b *viewBuilder) peer(list []int32, noIPv4 bool) *PeerView {
-	router := b.items[list[0]].router
-	p := &PeerView{CapMap: b.base[router].CapMap}
-	p.AllowedIPs = b.c.addresses(router, noIPv4 || b.attrs.noIPv4.has(router))
-	for _, i := range list {
-		it := &b.items[i]
-		p.AllowedIPs = append(p.AllowedIPs, it.prefix)
-		if it.primary {
-			p.PrimaryRoutes = append(p.PrimaryRoutes, it.prefix)
-		}
-	}
-	return b.share(p)
-}
-
-func (b *viewBuilder) share(p *PeerView) *PeerView {
-	h := hashPeer(p)
-	for _, o := range b.peers[h] {
-		if o.Equal(p) {
+func (b *viewBuilder) intern(v *PeerViews) *PeerViews {
+	v.hash = hashViews(v)
+	for _, o := range b.content[v.hash] {
+		if o.Equal(v) {
 			return o
 		}
 	}
-	b.peers[h] = append(b.peers[h], p)
+	b.content[v.hash] = append(b.content[v.hash], v)
+	return v
+}
+
+// views walks the items, which are sorted by router.
+func (b *viewBuilder) views(viewer int, sets []int32, noIPv4 bool) *PeerViews {
+	v := &PeerViews{NoIPv4: noIPv4}
+	sees := func(it *shown) bool {
+		if _, ok := slices.BinarySearch(sets, int32(it.viewers)); ok {
+			return true
+		}
+		_, ok := slices.BinarySearch(it.also, viewer)
+		return ok
+	}
+	add := func(slot int, p *PeerView) {
+		b.c.spend(1, maxViews, "visible routes")
+		v.Slots, v.Peers = append(v.Slots, slot), append(v.Peers, p)
+	}
+	next := 0
+	plainUntil := func(end int) {
+		for ; noIPv4 && next < end; next++ {
+			if b.c.live.has(next) && b.c.t.Nodes[next].IPv4.IsValid() && !b.attrs.noIPv4.has(next) {
+				add(next, b.peer(next, nil, 0, true))
+			}
+		}
+	}
+	for items := b.plan.items; len(items) > 0; {
+		router := items[0].router
+		n := 1
+		for n < len(items) && items[n].router == router {
+			n++
+		}
+		var mask uint64
+		var many []bool
+		any := false
+		for i := range items[:n] {
+			if router != viewer && sees(&items[i]) {
+				any = true
+				if i < 64 {
+					mask |= 1 << i
+				} else {
+					if many == nil {
+						many = make([]bool, n)
+					}
+					many[i] = true
+				}
+			}
+		}
+		if any {
+			plainUntil(router)
+			next = router + 1
+			add(router, b.peer(router, pick(items[:n], mask, many), mask, noIPv4))
+		}
+		items = items[n:]
+	}
+	plainUntil(b.c.n)
+	return v
+}
+
+// pick selects the shown items: the first 64 by mask, others by flag. The
+// result is one run when it can be cached by its mask.
+func pick(items []shown, mask uint64, many []bool) []*shown {
+	var out []*shown
+	for i := range items {
+		if i < 64 && mask>>i&1 != 0 || many != nil && many[i] {
+			out = append(out, &items[i])
+		}
+	}
+	return out
+}
+
+// peer is a router with the routes of the items.
+func (b *viewBuilder) peer(router int, items []*shown, mask uint64, noIPv4 bool) *PeerView {
+	key := peerKey{router, mask, noIPv4}
+	cached := len(items) == bits.OnesCount64(mask)
+	if cached {
+		if p := b.peers[key]; p != nil {
+			return p
+		}
+	}
+	p := &PeerView{CapMap: b.base[router].CapMap}
+	p.AllowedIPs = b.c.addresses(router, noIPv4 || b.attrs.noIPv4.has(router))
+	for _, it := range items {
+		p.AllowedIPs = append(p.AllowedIPs, it.routes...)
+		if it.primary {
+			p.PrimaryRoutes = append(p.PrimaryRoutes, it.routes...)
+		}
+	}
+	p.hash = hashPeer(p)
+	if cached {
+		b.peers[key] = p
+	}
 	return p
 }
 
 func hashPeer(p *PeerView) uint64 {
 	h := newHash()
-	for _, list := range [][]netip.Prefix{p.AllowedIPs, p.PrimaryRoutes} {
+	for _, list := range [...][]netip.Prefix{p.AllowedIPs, p.PrimaryRoutes} {
 		h.word(uint64(len(list)))
 		for _, x := range list {
 			a := x.Addr().As16()
-			h.text(string(a[:]))
+			h.word(binary.BigEndian.Uint64(a[:8]))
+			h.word(binary.BigEndian.Uint64(a[8:]))
 			h.word(uint64(x.Bits()))
 		}
 	}
-	for _, name := range sortedKeys(p.CapMap) {
-		h.text(string(name))
-	}
+	h.word(uint64(len(p.CapMap)))
 	return h.sum()
 }
 
@@ -428,7 +546,7 @@ func hashViews(v *PeerViews) uint64 {
 	}
 	for i, slot := range v.Slots {
 		h.word(uint64(slot))
-		h.word(hashPeer(v.Peers[i]))
+		h.word(v.Peers[i].hash)
 	}
 	return h.sum()
 }
