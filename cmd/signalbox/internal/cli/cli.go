@@ -115,6 +115,9 @@ type codedError struct {
 func (e codedError) Unwrap() error { return e.error }
 func (e codedError) ExitCode() int { return e.code }
 
+// errTold ends a verb that has already said what is wrong.
+var errTold = errors.New("")
+
 // fail prints err, in the output format if that is a machine's, and returns
 // the exit code.
 func (m *program) fail(cmd *cobra.Command, err error) int {
@@ -126,6 +129,9 @@ func (m *program) fail(cmd *cobra.Command, err error) int {
 		code = exitUsage
 	case errors.As(err, &coded):
 		code = coded.ExitCode()
+	}
+	if errors.Is(err, errTold) {
+		return code
 	}
 	if m.machine() {
 		m.encode(m.Stderr, map[string]string{"error": err.Error()})

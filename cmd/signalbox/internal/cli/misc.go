@@ -10,11 +10,8 @@ import (
 	"tailscale.com/types/key"
 
 	"github.com/signalbox-net/signalbox/cmd/signalbox/internal/config"
+	"github.com/signalbox-net/signalbox/cmd/signalbox/internal/serve"
 )
-
-// Version is set by the linker in releases; otherwise the build's module
-// version counts.
-var Version string
 
 // buildInfo is what `version -o json` prints, in Headscale's shape.
 type buildInfo struct {
@@ -30,12 +27,9 @@ type buildInfo struct {
 }
 
 func build() buildInfo {
-	b := buildInfo{Version: Version, Commit: "unknown", BuildTime: "unknown"}
+	b := buildInfo{Version: serve.Version(), Commit: "unknown", BuildTime: "unknown"}
 	b.Go.Version, b.Go.OS, b.Go.Arch = runtime.Version(), runtime.GOOS, runtime.GOARCH
 	if bi, ok := debug.ReadBuildInfo(); ok {
-		if b.Version == "" && bi.Main.Version != "(devel)" {
-			b.Version = bi.Main.Version
-		}
 		for _, s := range bi.Settings {
 			switch s.Key {
 			case "vcs.revision":
@@ -46,9 +40,6 @@ func build() buildInfo {
 				b.Dirty = s.Value == "true"
 			}
 		}
-	}
-	if b.Version == "" {
-		b.Version = "dev"
 	}
 	return b
 }

@@ -16,7 +16,7 @@ const maxPolicy = 2 << 20
 
 func (m *program) policyCmd() *cobra.Command {
 	g := m.group("policy", "Manage the access policy")
-	g.AddCommand(m.policyGet(), m.policySet(), m.policyCheck())
+	g.AddCommand(m.policyGet(), m.policySet(), m.policyCheck(), m.policyCompile())
 	return g
 }
 
@@ -82,7 +82,7 @@ func (m *program) policySet() *cobra.Command {
 			return err
 		}
 		if err := c.call(cmd.Context(), "PUT", "/policy", map[string]string{"policy": string(text)}, nil); err != nil {
-			return inFile(err, path)
+			return inFile(err, path, text)
 		}
 		return m.print(result("Policy updated."), "Policy updated.")
 	})
@@ -95,38 +95,29 @@ func (m *program) policySet() *cobra.Command {
 }
 
 func (m *program) policyCheck() *cobra.Command {
-	var path string
+	var path, tailnet string
+	var offline bool
 	cmd := m.verb("check", "Check a policy without storing it", 0, func(cmd *cobra.Command, _ []string) error {
 		text, err := m.readPolicy(path)
 		if err != nil {
 			return err
+		}
+		if offline || tailnet != "" {
+			return m.checkOffline(path, tailnet, text)
 		}
 		c, err := m.client()
 		if err != nil {
 			return err
 		}
 		if err := c.call(cmd.Context(), "POST", "/policy/check", map[string]string{"policy": string(text)}, nil); err != nil {
-			return inFile(err, path)
+			return inFile(err, path, text)
 		}
 		return m.print(result("Policy is valid"), "Policy is valid")
 	})
+	cmd.Long = "The server checks it against its users and nodes and runs the policy's tests; nothing changes."
 	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
+	cmd.Flags().BoolVar(&offline, "offline", false, "ask no server: check the text only")
+	cmd.Flags().StringVar(&tailnet, "tailnet", "", "ask no server: check against the users and nodes of this tailnet file")
 	required(cmd, "file")
 	return cmd
-}
-
-// inFile puts the file's name before the positions in a server's complaint:
-// the server sees the text only and calls it policy.
-func inFile(err error, path string) error {
-	var coded codedError
-	if errors.As(err, &coded) {
-		return err
-	}
-	lines := strings.Split(err.Error(), "\n")
-	for i, l := range lines {
-		if rest, ok := strings.CutPrefix(l, "policy:"); ok {
-			lines[i] = path + ":" + rest
-		}
-	}
-	return errors.New(strings.Join(lines, "\n"))
 }
