@@ -24,16 +24,37 @@ func ports(list string) string {
 	}`, list)
 }
 
-// TestFirstMesh starts a server with nothing but a URL, joins a client of each
-// version by the line that it printed, and lets them talk.
+// TestPrintedLineJoins starts a server with nothing but a URL for each version,
+// and runs the line that it prints, unchanged.
+func TestPrintedLineJoins(t *testing.T) {
+	lab := Open(t)
+	for _, version := range Versions {
+		t.Run(version, func(t *testing.T) {
+			server := lab.Server(t, ServerConfig{})
+			c := lab.Client(t, ClientConfig{Version: version})
+			start := time.Now()
+			c.Join(t, server.JoinLine(t))
+			t.Logf("running after %v", time.Since(start).Round(time.Millisecond))
+			if n := server.Node(t, c.IPv4(t)); !n.Online || n.GivenName != c.Name {
+				t.Errorf("the server lists %+v", n)
+			}
+		})
+	}
+}
+
+// TestFirstMesh joins a client of each version to a server that was started
+// with nothing but a URL, and lets every one talk to every other.
 func TestFirstMesh(t *testing.T) {
 	lab := Open(t)
 	server := lab.Server(t, ServerConfig{})
+	// The user that a first start makes; its default policy lets a person's
+	// own devices reach each other.
+	key := server.Key(t, "admin", "--reusable")
 	var clients []*Client
 	for _, version := range Versions {
 		c := lab.Client(t, ClientConfig{Version: version})
 		start := time.Now()
-		c.Join(t, server.JoinLine(t))
+		c.Up(t, server, key)
 		t.Logf("%s joined in %v", version, time.Since(start).Round(time.Millisecond))
 		c.Echo(t, 7000)
 		clients = append(clients, c)

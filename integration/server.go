@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -53,10 +52,7 @@ var binary = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	file := filepath.Join(lab.dir, "signalbox")
-	// Without cgo it is what is released.
-	cmd := exec.Command("go", "build", "-o", file, "../cmd/signalbox")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-o", file, "../cmd/signalbox").CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build signalbox: %w\n%s", err, out)
 	}
 	return file, nil
