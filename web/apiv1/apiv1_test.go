@@ -278,7 +278,7 @@ func TestBadInputIsNeverAServerError(t *testing.T) {
 		`{"policy":"` + strings.Repeat("[", 1000) + `"}`, `{"policy":"{\"acls\":[{}]}"}`, `{"policy":""}`, `{"authId":"x","user":"alice"}`, `{"authId":7}`,
 		`{"name":"\u0000a"}`, `{"name":"` + strings.Repeat("a", 10_000) + `"}`, `{"name":"a\u202eb"}`, `{"name":"ok","email":"@"}`, `{"name":"ok","pictureUrl":"javascript:alert(1)"}`,
 	}
-	fill := strings.NewReplacer("/1", fmt.Sprint("/", id))
+	fill := strings.NewReplacer("/1", fmt.Sprintf("/%d", int64(id)))
 	eachRoute(t, w, func(method, path string) {
 		if method == "DELETE" || strings.HasPrefix(path, "/api/v1/auth/") || path == "/api/v1/node/register" {
 			return

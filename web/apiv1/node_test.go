@@ -10,16 +10,20 @@ import (
 	"testing"
 	"time"
 
+	"tailscale.com/tailcfg"
+
 	"github.com/signalbox-net/signalbox/db"
 )
 
 // wantFields are the members of a node in Headscale 0.30.
 const wantFields = "approvedRoutes availableRoutes createdAt discoKey expiry givenName id ipAddresses lastSeen machineKey name nodeKey online preAuthKey registerMethod subnetRoutes tags user"
 
+func nodePath(id tailcfg.NodeID) string { return fmt.Sprintf("/api/v1/node/%d", int64(id)) }
+
 func TestNodeShape(t *testing.T) {
 	w := newWorld(t)
 	id := w.addNode("Laptop of Alice", w.alice, nil)
-	raw := get[map[string]map[string]json.RawMessage](w, "GET", fmt.Sprint("/api/v1/node/", id), nil)["node"]
+	raw := get[map[string]map[string]json.RawMessage](w, "GET", nodePath(id), nil)["node"]
 	var names []string
 	for _, f := range strings.Fields(wantFields) {
 		if _, ok := raw[f]; ok {
@@ -66,7 +70,7 @@ func TestNodeListShowsOwnersAndKeys(t *testing.T) {
 	if n := nodes[1]; n.User == nil || n.User.ID != 2147455555 || n.User.Name != "tagged-devices" || n.Tags[0] != "tag:server" || n.PreAuthKey != nil {
 		t.Errorf("tagged node = %+v", n)
 	}
-	one := get[NodeResponse](w, "GET", fmt.Sprint("/api/v1/node/", mine), nil).Node
+	one := get[NodeResponse](w, "GET", nodePath(mine), nil).Node
 	if !reflect.DeepEqual(one, nodes[0]) {
 		t.Errorf("a node alone = %+v, in the list %+v", one, nodes[0])
 	}
@@ -79,7 +83,7 @@ func TestNodeListShowsOwnersAndKeys(t *testing.T) {
 
 func TestNodeExpire(t *testing.T) {
 	w := newWorld(t)
-	path := fmt.Sprintf("/api/v1/node/%d/expire", w.addNode("host", w.alice, nil))
+	path := nodePath(w.addNode("host", w.alice, nil)) + "/expire"
 	expired := func() bool { return w.replica.Current().ByName("host").Expired }
 
 	n := get[NodeResponse](w, "POST", path, nil).Node
@@ -111,7 +115,7 @@ func TestNodeExpire(t *testing.T) {
 
 func TestNodeRename(t *testing.T) {
 	w := newWorld(t)
-	path := fmt.Sprintf("/api/v1/node/%d/rename/", w.addNode("one", w.alice, nil))
+	path := nodePath(w.addNode("one", w.alice, nil)) + "/rename/"
 	w.addNode("two", w.alice, nil)
 	if n := get[NodeResponse](w, "POST", path+"Web-1", nil).Node; n.GivenName != "web-1" || n.Name != "one" {
 		t.Errorf("renamed = %+v", n)
@@ -131,7 +135,7 @@ func TestNodeRename(t *testing.T) {
 func TestTaggedNodeLosesUserAndExpiry(t *testing.T) {
 	w := newWorld(t)
 	id := w.addNode("server", w.alice, nil)
-	path := fmt.Sprintf("/api/v1/node/%d/tags", id)
+	path := nodePath(id) + "/tags"
 	n := get[NodeResponse](w, "POST", path, SetTagsRequest{Tags: []string{"tag:web", "tag:db", "tag:web"}}).Node
 	if n.User.ID != TaggedUserID || n.Expiry != nil || strings.Join(n.Tags, " ") != "tag:db tag:web" {
 		t.Errorf("tagged = %+v", n)
@@ -147,7 +151,7 @@ func TestTaggedNodeLosesUserAndExpiry(t *testing.T) {
 func TestApproveRoutes(t *testing.T) {
 	w := newWorld(t)
 	id := w.addNode("router", w.alice, nil, "10.0.0.0/8", "192.168.1.0/24", "0.0.0.0/0")
-	path := fmt.Sprintf("/api/v1/node/%d/approve_routes", id)
+	path := nodePath(id) + "/approve_routes"
 	approve := func(routes ...string) *Node {
 		return get[NodeResponse](w, "POST", path, ApproveRoutesRequest{Routes: routes}).Node
 	}
@@ -172,7 +176,7 @@ func TestApproveRoutes(t *testing.T) {
 func TestApprovedRouteMayStayWhileNotAdvertised(t *testing.T) {
 	w := newWorld(t)
 	id := w.addNode("router", w.alice, nil, "10.0.0.0/8")
-	path := fmt.Sprintf("/api/v1/node/%d/approve_routes", id)
+	path := nodePath(id) + "/approve_routes"
 	get[NodeResponse](w, "POST", path, ApproveRoutesRequest{Routes: []string{"10.0.0.0/8"}})
 	w.do(func(tx *db.Tx) error { return tx.PutNodeState(id, db.NodeState{}) })
 	n := get[NodeResponse](w, "POST", path, ApproveRoutesRequest{Routes: []string{"10.0.0.0/8"}}).Node
@@ -184,7 +188,7 @@ func TestApprovedRouteMayStayWhileNotAdvertised(t *testing.T) {
 func TestNodeDelete(t *testing.T) {
 	w := newWorld(t)
 	id := w.addNode("gone", w.alice, nil)
-	path := fmt.Sprint("/api/v1/node/", id)
+	path := nodePath(id)
 	get[EmptyResponse](w, "DELETE", path, nil)
 	w.refused(404, "no node", "GET", path, nil)
 	w.refused(404, "no node", "DELETE", path, nil)
@@ -236,7 +240,7 @@ func TestNoActWithoutAudit(t *testing.T) {
 		{"POST", "/api/v1/node/1/expire", "", "node.expire"},
 		{"POST", "/api/v1/node/1/tags", `{"tags":["tag:a"]}`, "node.tags"},
 		{"PUT", "/api/v1/policy", `{"policy":"{}"}`, "policy.set"},
-		{"DELETE", fmt.Sprint("/api/v1/node/", id), "", "node.delete"},
+		{"DELETE", nodePath(id), "", "node.delete"},
 	} {
 		var before int64
 		if a := w.lastAudit(); a != nil {

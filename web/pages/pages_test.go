@@ -2,6 +2,7 @@ package pages
 
 import (
 	"context"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -27,6 +28,7 @@ const (
 type rig struct {
 	t       *testing.T
 	at      time.Time
+	path    string
 	store   *db.Store
 	tailnet db.TailnetID
 	handler http.Handler
@@ -42,7 +44,8 @@ func newRig(t *testing.T, with ...func(*Config)) *rig {
 	g := &rig{t: t, at: time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)}
 	now := func() time.Time { return g.at }
 	var err error
-	if g.store, err = db.Open(t.Context(), db.Config{Path: filepath.Join(t.TempDir(), "signalbox.db"), Now: now}); err != nil {
+	g.path = filepath.Join(t.TempDir(), "signalbox.db")
+	if g.store, err = db.Open(t.Context(), db.Config{Path: g.path, Now: now, BusyTimeout: 20 * time.Millisecond}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { g.store.Close() })
@@ -291,9 +294,36 @@ func TestHealth(t *testing.T) {
 	if code, _, body := get(); code != 503 || body != `{"status":"fail","failed":["policy"]}` {
 		t.Errorf("bad policy = %d %s", code, body)
 	}
-	g.store.Close()
-	if code, _, body := get(); code != 503 || body != `{"status":"fail","failed":["database","policy"]}` {
-		t.Errorf("no database = %d %s", code, body)
+	fault = nil
+
+	// Somebody else holds the database's write lock.
+	other, err := sql.Open("sqlite", g.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	other.SetMaxOpenConns(1)
+	if _, err := other.Exec("BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	write := func(name string) error {
+		_, err := g.Do(t.Context(), db.Actor{}, func(tx *db.Tx) error { return tx.CreateUser(&db.User{Name: name, Role: "member"}) })
+		return err
+	}
+	if err := write("bob"); !errors.Is(err, db.ErrUnavailable) {
+		t.Fatalf("write under a foreign lock: %v", err)
+	}
+	if code, _, body := get(); code != 503 || body != `{"status":"fail","failed":["database"]}` {
+		t.Errorf("locked database = %d %s", code, body)
+	}
+	if _, err := other.Exec("ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	if err := write("carol"); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, body := get(); code != 200 || body != `{"status":"pass"}` {
+		t.Errorf("healed database = %d %s", code, body)
 	}
 }
 
