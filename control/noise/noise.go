@@ -95,10 +95,10 @@ type Config struct {
 // Limits are the numbers that protect the server from strangers. A zero field
 // means the default given with it.
 type Limits struct {
-	Handshakes    int           // handshakes computed at once: 2 x GOMAXPROCS
-	HandshakeWait time.Duration // how long one waits for its turn: 10 s
-	HandshakeQue  int           // how many wait: 16,384
-	Setup         time.Duration // from the answer to the HTTP/2 preface: 10 s
+	Handshakes     int           // handshakes computed at once: 2 x GOMAXPROCS
+	HandshakeWait  time.Duration // how long one waits for its turn: 10 s
+	HandshakeQueue int           // how many wait: 16,384
+	Setup          time.Duration // from the answer to the HTTP/2 preface: 10 s
 
 	// Handshakes of machine keys without a node, by source address.
 	SourceRate  float64 // a second: 20
@@ -119,7 +119,7 @@ type Limits struct {
 func (l Limits) withDefaults() Limits {
 	def(&l.Handshakes, 2*runtime.GOMAXPROCS(0))
 	def(&l.HandshakeWait, 10*time.Second)
-	def(&l.HandshakeQue, 16384)
+	def(&l.HandshakeQueue, 16384)
 	def(&l.Setup, 10*time.Second)
 	def(&l.SourceRate, 20)
 	def(&l.SourceBurst, 200)

@@ -88,22 +88,30 @@ func (s *Server) serveNative(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "make this request over HTTP/1.1", http.StatusBadRequest)
 		return
 	}
-	early := buffered(rw.Reader)
-	raw.SetDeadline(time.Now().Add(s.lim.Setup))
 	const head = "HTTP/1.1 101 Switching Protocols\r\n" +
 		"Upgrade: " + controlhttpcommon.UpgradeHeaderValue + "\r\n" +
 		"Connection: Upgrade\r\n\r\n"
+	if s.start(c, raw, head, buffered(rw.Reader)) {
+		// Returning lets net/http give up its buffers and this goroutine.
+		go c.serve()
+	}
+}
+
+// start gives a session its connection: head and the Noise response go out in
+// one write, early is what was read already. The peer has the time of Setup
+// for its first record.
+func (s *Server) start(c *session, raw net.Conn, head string, early []byte) bool {
+	raw.SetDeadline(time.Now().Add(s.lim.Setup))
 	if _, err := raw.Write(append([]byte(head), c.wire.takeResponse()...)); err != nil {
 		raw.Close()
-		return
+		return false
 	}
 	c.wire.attach(raw, early)
 	if !s.add(c) {
 		c.close()
-		return
+		return false
 	}
-	// Returning lets net/http give up its buffers and this goroutine.
-	go c.serve()
+	return true
 }
 
 func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
@@ -143,20 +151,11 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	ws.SetReadLimit(webSocketMessage)
-	hj.conn.SetDeadline(time.Now().Add(s.lim.Setup))
-	conn := &webSocketConn{Conn: hj.conn, ws: ws}
-	if _, err := conn.Write(c.wire.takeResponse()); err != nil {
-		conn.Close()
-		return
+	if s.start(c, &webSocketConn{Conn: hj.conn, ws: ws}, "", nil) {
+		// The WebSocket library reads through net/http's buffers, so the
+		// handler stays with it.
+		c.serve()
 	}
-	c.wire.attach(conn, nil)
-	if !s.add(c) {
-		c.close()
-		return
-	}
-	// The WebSocket library reads through net/http's buffers, so the handler
-	// stays with it.
-	c.serve()
 }
 
 // handshake checks and computes a handshake, and leaves its answer in the
@@ -233,7 +232,7 @@ func (s *Server) enter(ctx context.Context) *refusal {
 		return nil
 	}
 	busy := &refusal{status: http.StatusServiceUnavailable, retry: 2 * time.Second, text: "too many handshakes"}
-	if s.waiting.Add(1) > int64(s.lim.HandshakeQue) {
+	if s.waiting.Add(1) > int64(s.lim.HandshakeQueue) {
 		s.waiting.Add(-1)
 		return busy
 	}
