@@ -201,6 +201,7 @@ func (r *reader) resolveIPSet(s *ipset, depth int) {
 
 func (r *reader) ipsetMember(s *ipset, t text, depth int) (*netipx.IPSet, error) {
 	name := strings.TrimPrefix(t.s, "host:")
+	r.use(name)
 	if strings.HasPrefix(name, "ipset:") {
 		o := r.p.ipsets[name]
 		switch {

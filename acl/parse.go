@@ -39,7 +39,8 @@ func Parse(src []byte) (*Policy, error) {
 		return nil, Errors{p.syntaxError(err)}
 	}
 	p.root = &root
-	r := &reader{p: p}
+	r := &reader{p: p, used: map[string]bool{}}
+	p.used = r.used
 	r.document(&root)
 	if len(r.errs) > 0 {
 		return nil, r.errs
@@ -65,6 +66,7 @@ func (p *Policy) syntaxError(err error) *Error {
 type reader struct {
 	p    *Policy
 	errs Errors
+	used map[string]bool // nil when only looking up
 }
 
 // maxErrors bounds the work on a text that is wrong everywhere.

@@ -40,6 +40,8 @@ type Policy struct {
 	tests         []*test
 	sshTests      []*sshTest
 
+	used map[string]bool // names of definitions that something refers to
+
 	disableIPv4   bool
 	randomizePort bool
 	oneCGNAT      string

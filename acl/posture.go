@@ -49,6 +49,7 @@ func (r *reader) postureRefs(v *hujson.Value) []*posture {
 	var out []*posture
 	for _, t := range r.texts(v) {
 		ps := r.p.postures[t.s]
+		r.use(t.s)
 		if ps == nil {
 			r.fail(t.at, "posture not found: %q", t.s)
 			continue

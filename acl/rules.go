@@ -237,6 +237,8 @@ func (r *reader) grantVia(ru *rule) {
 			r.fail(t.at, "via can only be a tag")
 		case r.p.tagOwners[t.s] == nil:
 			r.fail(t.at, "tag %q not found", t.s)
+		default:
+			r.use(t.s)
 		}
 	}
 }

@@ -79,10 +79,18 @@ var autogroups = map[string]struct {
 	"auditors":       {selRole, "auditor"},
 }
 
+// use notes that a definition is referred to.
+func (r *reader) use(name string) {
+	if r.used != nil {
+		r.used[name] = true
+	}
+}
+
 // selector resolves a name against the document. The error has the hosted
 // service's wording without the side that it puts in front.
 func (r *reader) selector(t text) (selector, error) {
 	s := selector{text: t, name: t.s}
+	r.use(t.s)
 	switch {
 	case t.s == "*":
 		s.kind = selAll
