@@ -2,6 +2,7 @@ package apiv1
 
 import (
 	"context"
+	"database/sql"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -31,6 +32,7 @@ var testPools = db.Pools{IPv4: netip.MustParsePrefix("100.64.0.0/10"), IPv6: net
 // user (alice) and one API key.
 type world struct {
 	t       *testing.T
+	path    string
 	clock   atomic.Int64 // nanoseconds
 	store   *db.Store
 	tailnet db.TailnetID
@@ -48,7 +50,8 @@ func newWorld(t *testing.T, with ...func(*Config)) *world {
 	w.clock.Store(time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC).UnixNano())
 	ctx, cancel := context.WithCancel(context.Background())
 	var err error
-	if w.store, err = db.Open(ctx, db.Config{Path: filepath.Join(t.TempDir(), "signalbox.db"), Now: w.now}); err != nil {
+	w.path = filepath.Join(t.TempDir(), "signalbox.db")
+	if w.store, err = db.Open(ctx, db.Config{Path: w.path, Now: w.now, BusyTimeout: 50 * time.Millisecond}); err != nil {
 		t.Fatal(err)
 	}
 	w.tailnet, _, err = w.store.Bootstrap(ctx, "default", func(tx *db.Tx) error {
@@ -355,5 +358,45 @@ func TestWrongTypesNameTheirField(t *testing.T) {
 		if p.Code != 3 || p.Message != p.Detail {
 			t.Errorf("gateway fields = %d %q", p.Code, p.Message)
 		}
+	}
+}
+
+// A write that the storage refuses is a 503 and changes nothing; reads go on;
+// the same write works when the storage does.
+func TestStorageFaultIsUnavailable(t *testing.T) {
+	w := newWorld(t)
+	id := w.addNode("host", w.alice, nil)
+	before := w.replica.Current()
+
+	other, err := sql.Open("sqlite", w.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	other.SetMaxOpenConns(1)
+	if _, err := other.Exec("BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	writes := []struct{ method, path, body string }{
+		{"POST", "/api/v1/user", `{"name":"bob"}`},
+		{"POST", "/api/v1/preauthkey", `{"user":"1"}`},
+		{"POST", nodePath(id) + "/rename/other", ""},
+		{"PUT", "/api/v1/policy", `{"policy":"{}"}`},
+	}
+	for _, c := range writes {
+		rec := w.send(c.method, c.path, c.body)
+		var p Problem
+		if err := json.Unmarshal(rec.Body.Bytes(), &p); err != nil || rec.Code != 503 || rec.Header().Get("Retry-After") != "5" || p.Code != 14 || strings.Contains(p.Detail, "lock") {
+			t.Errorf("%s %s = %d %v %s", c.method, c.path, rec.Code, rec.Header(), rec.Body)
+		}
+	}
+	if n := get[NodesResponse](w, "GET", "/api/v1/node", nil).Nodes; len(n) != 1 || n[0].GivenName != "host" || w.replica.Current() != before {
+		t.Errorf("nodes = %+v, revision %d after %d", n, w.replica.Current().Revision(), before.Revision())
+	}
+	if _, err := other.Exec("ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range writes {
+		get[map[string]any](w, c.method, c.path, c.body)
 	}
 }

@@ -157,7 +157,7 @@ func (s *server) renameNode(r *http.Request) (any, error) {
 			return err
 		}
 		if free != name {
-			return conflict("the name %q is taken or reserved; %q is free", name, free)
+			return conflict("the name %q is taken, reserved, or held for its former owner; %q is free", name, free)
 		}
 		n.GivenName = name
 		return nil

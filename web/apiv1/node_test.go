@@ -120,7 +120,7 @@ func TestNodeRename(t *testing.T) {
 	if n := get[NodeResponse](w, "POST", path+"Web-1", nil).Node; n.GivenName != "web-1" || n.Name != "one" {
 		t.Errorf("renamed = %+v", n)
 	}
-	w.refused(409, `"two" is taken`, "POST", path+"two", nil)
+	w.refused(409, `"two" is taken, `, "POST", path+"two", nil)
 	w.refused(409, "reserved", "POST", path+"localhost", nil)
 	for _, bad := range []string{"-a", "a-", "a.b", "a_b", "%C3%BC", "a%20b", strings.Repeat("a", 64), "%2e", "a%00"} {
 		w.refused(400, "path.name", "POST", path+bad, nil)
