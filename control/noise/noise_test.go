@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
@@ -625,15 +627,8 @@ func TestThousandsOfReconnectsFromOneAddress(t *testing.T) {
 					t.Errorf("reconnect %d: %v", i, err)
 					return
 				}
-				cc, err := new(http2.Transport).NewClientConn(nc)
-				if err != nil {
+				if err := bareRequest(nc, "/machine/map"); err != nil {
 					t.Errorf("reconnect %d: %v", i, err)
-					return
-				}
-				req, _ := http.NewRequest("POST", "https://unused/machine/map", strings.NewReader("{}"))
-				res, err := cc.RoundTrip(req)
-				if err != nil || res.StatusCode != 200 {
-					t.Errorf("reconnect %d: %v %v", i, res, err)
 				}
 				nc.Close()
 			}
@@ -741,6 +736,19 @@ func TestShutdownSendsGoAwayAndWaits(t *testing.T) {
 }
 
 func TestTenThousandRandomKeysLeaveNoMemory(t *testing.T) {
+	const alone = "NOISE_TEST_ALONE"
+	if os.Getenv(alone) == "" {
+		// What other tests leave behind, and give back meanwhile, would hide
+		// what is measured here.
+		cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", fmt.Sprintf("-test.short=%t", testing.Short()), "-test.v")
+		cmd.Env = append(os.Environ(), alone+"=1")
+		out, err := cmd.CombinedOutput()
+		t.Logf("%s", out)
+		if err != nil {
+			t.Error(err)
+		}
+		return
+	}
 	n := 10_000
 	if testing.Short() {
 		n = 500
