@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/signalbox-net/signalbox/acl"
 )
 
 // maxPolicy is what a server accepts.
@@ -66,15 +68,33 @@ func (m *program) readPolicy(path string) ([]byte, error) {
 	return b, nil
 }
 
+// verbFile is a verb on a policy file, which is named by -f, as Headscale does,
+// or by the only argument.
+func (m *program) verbFile(name, short string, path *string, run func(*cobra.Command) error) *cobra.Command {
+	cmd := m.verb(name+" [FILE]", short, 0, func(cmd *cobra.Command, _ []string) error { return run(cmd) })
+	cmd.Args = func(_ *cobra.Command, args []string) error {
+		if len(args) > 1 || len(args) == 1 && *path != "" || len(args) == 0 && *path == "" {
+			return usagef("name one policy file: -f FILE")
+		}
+		if len(args) == 1 {
+			*path = args[0]
+		}
+		return nil
+	}
+	cmd.Flags().StringVarP(path, "file", "f", "", "policy file in HuJSON; - for standard input")
+	return cmd
+}
+
 func (m *program) policySet() *cobra.Command {
 	var path string
 	var allowAll bool
-	cmd := m.verb("set", "Replace the policy", 0, func(cmd *cobra.Command, _ []string) error {
+	cmd := m.verbFile("set", "Replace the policy", &path, func(cmd *cobra.Command) error {
 		text, err := m.readPolicy(path)
 		if err != nil {
 			return err
 		}
-		if !allowAll && allowsAll(text) {
+		// A text with faults gets the server's answer: the faults come first.
+		if _, err := acl.Parse(text); err == nil && !allowAll && allowsAll(text) {
 			return errors.New("this policy has neither acls nor grants, which allows everything to everybody; say --allow-all if that is meant")
 		}
 		c, err := m.client()
@@ -88,16 +108,14 @@ func (m *program) policySet() *cobra.Command {
 	})
 	cmd.Long = "The policy's own tests have to pass. A refused policy changes nothing."
 	cmd.Aliases = []string{"put", "update"}
-	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
 	cmd.Flags().BoolVar(&allowAll, "allow-all", false, "accept a policy without acls and grants, which allows everything")
-	required(cmd, "file")
 	return cmd
 }
 
 func (m *program) policyCheck() *cobra.Command {
 	var path, tailnet string
 	var offline bool
-	cmd := m.verb("check", "Check a policy without storing it", 0, func(cmd *cobra.Command, _ []string) error {
+	cmd := m.verbFile("check", "Check a policy without storing it", &path, func(cmd *cobra.Command) error {
 		text, err := m.readPolicy(path)
 		if err != nil {
 			return err
@@ -115,9 +133,7 @@ func (m *program) policyCheck() *cobra.Command {
 		return m.print(result("Policy is valid"), "Policy is valid")
 	})
 	cmd.Long = "The server checks it against its users and nodes and runs the policy's tests; nothing changes."
-	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
 	cmd.Flags().BoolVar(&offline, "offline", false, "ask no server: check the text only")
 	cmd.Flags().StringVar(&tailnet, "tailnet", "", "ask no server: check against the users and nodes of this tailnet file")
-	required(cmd, "file")
 	return cmd
 }
