@@ -97,9 +97,9 @@ func sqliteError(e *gosqlite.Error) (*storageFault, error) {
 	return nil, e
 }
 
-// errReference is a row that points at one that does not exist or, when
-// deleting, is pointed at.
-var errReference = errors.New("references a row that does not exist, or is referenced")
+// errReference is a row that points at one that its tailnet does not have. The
+// only such column that callers set is a row's user.
+var errReference = &InvalidError{Field: "User", Msg: "does not exist"}
 
 func postgresError(e *pgconn.PgError) (*storageFault, error) {
 	switch e.Code {

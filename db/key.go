@@ -79,11 +79,6 @@ func (tx *Tx) CreateAuthKey(k *AuthKey) error {
 	if row.Created == 0 {
 		row.Created = micros(tx.now)
 	}
-	if k.User != 0 {
-		if err := tx.requireUser(k.User); err != nil {
-			return fmt.Errorf("create auth key: %w", err)
-		}
-	}
 	if err := tx.guard(func() error { return tx.err(tx.g.Create(row).Error) }); err != nil {
 		return fmt.Errorf("create auth key: %w", err)
 	}
@@ -238,11 +233,6 @@ func (tx *Tx) CreateAPIKey(k *APIKey) error {
 	row.ID, row.TailnetID = 0, int64(tx.tailnet)
 	if row.Created == 0 {
 		row.Created = micros(tx.now)
-	}
-	if k.User != 0 {
-		if err := tx.requireUser(k.User); err != nil {
-			return fmt.Errorf("create API key: %w", err)
-		}
 	}
 	if err := tx.guard(func() error { return tx.err(tx.g.Create(row).Error) }); err != nil {
 		return fmt.Errorf("create API key: %w", err)

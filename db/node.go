@@ -225,11 +225,7 @@ func (tx *Tx) CreateNode(n *Node) error {
 	if row.Created == 0 {
 		row.Created = micros(tx.now)
 	}
-	err = tx.guard(func() error { return tx.err(tx.g.Create(row).Error) })
-	if err == errReference {
-		err = &InvalidError{"User", "does not exist"}
-	}
-	if err != nil {
+	if err = tx.guard(func() error { return tx.err(tx.g.Create(row).Error) }); err != nil {
 		return fmt.Errorf("create node %s: %w", n.GivenName, err)
 	}
 	state := stateToRow(tailcfg.NodeID(row.ID), tx.tailnet, &n.State)
@@ -257,11 +253,6 @@ func (tx *Tx) PutNode(n *Node) error {
 	row.TailnetID, row.StableID, row.Created = old.TailnetID, old.StableID, old.Created
 	if reflect.DeepEqual(row, old) {
 		return nil
-	}
-	if old.UserID != nil && row.UserID == nil || row.UserID != nil && (old.UserID == nil || *old.UserID != *row.UserID) {
-		if err := tx.requireUser(n.User); err != nil {
-			return fmt.Errorf("put node %d: %w", n.ID, err)
-		}
 	}
 	err = tx.guard(func() error {
 		return tx.err(tx.g.Model(&nodeRow{}).Where("id = ?", row.ID).Select("*").Omit("id").Updates(row).Error)

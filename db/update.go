@@ -13,9 +13,6 @@ const (
 	// maxGroup and maxGroupTime bound one shared transaction.
 	maxGroup     = 256
 	maxGroupTime = 25 * time.Millisecond
-	// groupTimeout bounds a shared transaction on PostgreSQL, so that with the
-	// wait for the one before, a write is answered within 10 s.
-	groupTimeout = 4500 * time.Millisecond
 )
 
 // Update runs fn in a transaction and commits it before it returns the
@@ -204,7 +201,8 @@ func (w *writer) commitGroup() {
 		// SQLite gets no deadline: its lock waits are bounded by busy_timeout,
 		// which no context interrupts, and each one with a deadline would cost
 		// a goroutine a statement.
-		ctx, cancel = context.WithTimeoutCause(ctx, groupTimeout, errTooSlow)
+		// Half, since an op may wait for one whole group before its own.
+		ctx, cancel = context.WithTimeoutCause(ctx, s.c.WriteTimeout/2, errTooSlow)
 	}
 	defer cancel()
 	var members []*op

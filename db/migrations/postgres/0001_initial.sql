@@ -36,6 +36,7 @@ CREATE TABLE users (
   provider_id     text,
   profile_pic_url text    NOT NULL,
   created         bigint NOT NULL,
+  UNIQUE (tailnet_id, id),
   UNIQUE (tailnet_id, name_key),
   UNIQUE (tailnet_id, provider, provider_id)
 );
@@ -48,7 +49,7 @@ CREATE TABLE nodes (
   machine_key     text    NOT NULL,
   node_key        text    NOT NULL UNIQUE,
   nl_key          text    NOT NULL,
-  user_id         bigint REFERENCES users(id),
+  user_id         bigint,
   tags            text    NOT NULL,
   hostname        text    NOT NULL,
   given_name      text    NOT NULL,
@@ -64,7 +65,8 @@ CREATE TABLE nodes (
   created         bigint NOT NULL,
   UNIQUE (tailnet_id, given_name),
   UNIQUE (tailnet_id, ipv4),
-  UNIQUE (tailnet_id, ipv6)
+  UNIQUE (tailnet_id, ipv6),
+  FOREIGN KEY (tailnet_id, user_id) REFERENCES users (tailnet_id, id)
 );
 CREATE INDEX nodes_tailnet ON nodes (tailnet_id, id);
 CREATE INDEX nodes_machine_key ON nodes (tailnet_id, machine_key);
@@ -116,7 +118,7 @@ CREATE TABLE auth_keys (
   key_id        text    NOT NULL UNIQUE,
   hash          bytea    NOT NULL,
   tailnet_id    bigint NOT NULL REFERENCES tailnets(id),
-  user_id       bigint REFERENCES users(id),
+  user_id       bigint,
   description   text    NOT NULL,
   reusable      boolean NOT NULL,
   ephemeral     boolean NOT NULL,
@@ -125,7 +127,8 @@ CREATE TABLE auth_keys (
   uses          bigint NOT NULL,
   expires       bigint NOT NULL,
   created       bigint NOT NULL,
-  revoked       bigint NOT NULL
+  revoked       bigint NOT NULL,
+  FOREIGN KEY (tailnet_id, user_id) REFERENCES users (tailnet_id, id)
 );
 CREATE INDEX auth_keys_tailnet ON auth_keys (tailnet_id, id);
 CREATE INDEX auth_keys_user ON auth_keys (user_id);
@@ -143,12 +146,13 @@ CREATE TABLE api_keys (
   key_id      text    NOT NULL UNIQUE,
   hash        bytea    NOT NULL,
   tailnet_id  bigint NOT NULL REFERENCES tailnets(id),
-  user_id     bigint REFERENCES users(id),
+  user_id     bigint,
   description text    NOT NULL,
   expires     bigint NOT NULL,
   created     bigint NOT NULL,
   revoked     bigint NOT NULL,
-  last_seen   bigint NOT NULL
+  last_seen   bigint NOT NULL,
+  FOREIGN KEY (tailnet_id, user_id) REFERENCES users (tailnet_id, id)
 );
 CREATE INDEX api_keys_tailnet ON api_keys (tailnet_id, id);
 CREATE INDEX api_keys_user ON api_keys (user_id);

@@ -36,6 +36,7 @@ CREATE TABLE users (
   provider_id     TEXT,
   profile_pic_url TEXT    NOT NULL,
   created         INTEGER NOT NULL,
+  UNIQUE (tailnet_id, id),
   UNIQUE (tailnet_id, name_key),
   UNIQUE (tailnet_id, provider, provider_id)
 ) STRICT;
@@ -48,7 +49,7 @@ CREATE TABLE nodes (
   machine_key     TEXT    NOT NULL,
   node_key        TEXT    NOT NULL UNIQUE,
   nl_key          TEXT    NOT NULL,
-  user_id         INTEGER REFERENCES users(id),
+  user_id         INTEGER,
   tags            TEXT    NOT NULL,
   hostname        TEXT    NOT NULL,
   given_name      TEXT    NOT NULL,
@@ -64,7 +65,8 @@ CREATE TABLE nodes (
   created         INTEGER NOT NULL,
   UNIQUE (tailnet_id, given_name),
   UNIQUE (tailnet_id, ipv4),
-  UNIQUE (tailnet_id, ipv6)
+  UNIQUE (tailnet_id, ipv6),
+  FOREIGN KEY (tailnet_id, user_id) REFERENCES users (tailnet_id, id)
 ) STRICT;
 CREATE INDEX nodes_tailnet ON nodes (tailnet_id, id);
 CREATE INDEX nodes_machine_key ON nodes (tailnet_id, machine_key);
@@ -116,7 +118,7 @@ CREATE TABLE auth_keys (
   key_id        TEXT    NOT NULL UNIQUE,
   hash          BLOB    NOT NULL,
   tailnet_id    INTEGER NOT NULL REFERENCES tailnets(id),
-  user_id       INTEGER REFERENCES users(id),
+  user_id       INTEGER,
   description   TEXT    NOT NULL,
   reusable      INTEGER NOT NULL,
   ephemeral     INTEGER NOT NULL,
@@ -125,7 +127,8 @@ CREATE TABLE auth_keys (
   uses          INTEGER NOT NULL,
   expires       INTEGER NOT NULL,
   created       INTEGER NOT NULL,
-  revoked       INTEGER NOT NULL
+  revoked       INTEGER NOT NULL,
+  FOREIGN KEY (tailnet_id, user_id) REFERENCES users (tailnet_id, id)
 ) STRICT;
 CREATE INDEX auth_keys_tailnet ON auth_keys (tailnet_id, id);
 CREATE INDEX auth_keys_user ON auth_keys (user_id);
@@ -143,12 +146,13 @@ CREATE TABLE api_keys (
   key_id      TEXT    NOT NULL UNIQUE,
   hash        BLOB    NOT NULL,
   tailnet_id  INTEGER NOT NULL REFERENCES tailnets(id),
-  user_id     INTEGER REFERENCES users(id),
+  user_id     INTEGER,
   description TEXT    NOT NULL,
   expires     INTEGER NOT NULL,
   created     INTEGER NOT NULL,
   revoked     INTEGER NOT NULL,
-  last_seen   INTEGER NOT NULL
+  last_seen   INTEGER NOT NULL,
+  FOREIGN KEY (tailnet_id, user_id) REFERENCES users (tailnet_id, id)
 ) STRICT;
 CREATE INDEX api_keys_tailnet ON api_keys (tailnet_id, id);
 CREATE INDEX api_keys_user ON api_keys (user_id);
