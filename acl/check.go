@@ -35,6 +35,7 @@ type checker struct {
 	p     *Policy
 	t     *Tailnet
 	a     *Access
+	r     *resolver // of its own: the one of an Access must not change any more
 	fails []Failure
 
 	// imaginary devices of tests with srcPostureAttrs, by the test's place
@@ -49,7 +50,8 @@ func (k *checker) fail(at int, format string, args ...any) {
 // imagine adds devices for principals that have none, and recompiles when it
 // had to.
 func (k *checker) imagine() {
-	r := k.a.prog.resolver
+	k.r = newResolver(k.t)
+	r := k.r
 	b := &imagination{k: k, t: *k.t, posed: map[int][]int{}, made: map[string]bool{}}
 	b.t.Nodes = slices.Clone(k.t.Nodes)
 	for _, x := range k.p.tests {
@@ -78,6 +80,7 @@ func (k *checker) imagine() {
 		return
 	}
 	k.t, k.a, k.posed = &b.t, a, b.posed
+	k.r = newResolver(k.t)
 }
 
 // imagination collects imaginary devices.
@@ -190,7 +193,7 @@ func (k *checker) senders(at int, src text) ([]sender, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := k.a.prog.resolver
+	r := k.r
 	switch s.kind {
 	case selUser:
 		if u, err := r.user(s.name); err != nil || u == nil {
@@ -292,7 +295,7 @@ func (k *checker) receivers(host string, from sender) ([][]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := k.a.prog.resolver
+	r := k.r
 	var out [][]netip.Addr
 	add := func(slot int) {
 		if k.isPosed(slot) {

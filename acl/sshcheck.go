@@ -57,7 +57,7 @@ func (k *checker) sshReceivers(d text) ([]int, error) {
 	default:
 		return nil, fmt.Errorf("must be a tag, a user or a host")
 	}
-	for slot := range k.a.prog.nodes(k.p, &s).all {
+	for slot := range k.r.nodes(k.p, &s).all {
 		if !k.isPosed(slot) {
 			out = append(out, slot)
 		}

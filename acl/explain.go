@@ -1,0 +1,493 @@
+package acl
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/ipproto"
+)
+
+// Query asks whether one endpoint may open a connection to another.
+type Query struct {
+	From, To Endpoint
+	Proto    int // IP protocol number; 0 is TCP
+	Port     uint16
+}
+
+// Verdict answers a Query and says why. It equals what the receiving client's
+// packet filter does.
+type Verdict struct {
+	Query
+	Allowed bool
+	Reason  string // one sentence
+
+	Receiver int          // slot of the node whose filter decides; -1 when the packet has no way
+	Route    netip.Prefix // the route over the receiver; invalid when it has the address itself
+	Via      bool         // a grant with via chose the receiver
+
+	Rules []RuleUse  // those that allow it, in the order of the text
+	Near  []NearMiss // when denied: the rules that come closest
+	SSH   []RuleUse  // the SSH rules of the receiver for this source
+}
+
+// RuleUse is a rule that applies and how its selectors got there.
+type RuleUse struct {
+	Line, Column int
+	Path, Text   string
+	Src          []string // selectors that contain the source
+	Dst          string   // selector that contains the destination
+	Ports        string
+	Via          []string
+	Postures     []string // those of the rule that hold
+	Users        []string // of an SSH rule: the login names
+	Check        bool     // of an SSH rule
+}
+
+// NearMiss is a rule that would apply if not for some of its parts.
+type NearMiss struct {
+	RuleUse
+	Fails []string // what does not fit, in words
+}
+
+// maxNear bounds the near misses of a verdict.
+const maxNear = 3
+
+// Explain answers q.
+func (a *Access) Explain(q Query) *Verdict {
+	if q.Proto == 0 {
+		q.Proto = int(ipproto.TCP)
+	}
+	q.Proto = icmpFor(q.To.Addr, q.Proto)
+	g := a.prog
+	v := &Verdict{Query: q, Receiver: -1}
+	defer func() {
+		if !v.Allowed {
+			v.Near = g.nearMisses(q, v.Receiver)
+		}
+	}()
+	if q.From.Addr.Is4() != q.To.Addr.Is4() {
+		v.Reason = fmt.Sprintf("%v and %v are of different address families", q.From.Addr, q.To.Addr)
+		return v
+	}
+	p := a.path(q.From, q.To.Addr)
+	if p.receiver < 0 {
+		v.Reason = p.missing
+		return v
+	}
+	v.Receiver, v.Route = p.receiver, p.route
+	for _, d := range g.decide(q.From, q.To, p.receiver, q.Proto, q.Port) {
+		v.Via = v.Via || d.flow.via != nil
+		v.Rules = append(v.Rules, g.ruleUse(q, d))
+	}
+	slices.SortStableFunc(v.Rules, func(a, b RuleUse) int { return a.Line - b.Line })
+	v.Allowed = len(v.Rules) > 0
+	v.SSH = a.sshUses(q.From, p.receiver)
+	switch {
+	case v.Allowed && p.route.IsValid():
+		v.Reason = fmt.Sprintf("allowed by line %d, over the route %v of %s", v.Rules[0].Line, p.route, g.name(p.receiver))
+	case v.Allowed:
+		v.Reason = fmt.Sprintf("allowed by line %d", v.Rules[0].Line)
+	case p.route.IsValid():
+		v.Reason = fmt.Sprintf("no rule lets %v through %s, which routes %v", q.From.Addr, g.name(p.receiver), p.route)
+	default:
+		v.Reason = "no rule allows it"
+	}
+	return v
+}
+
+func (g *program) name(slot int) string {
+	if h := g.t.Nodes[slot].Hostname; h != "" {
+		return h
+	}
+	return fmt.Sprint("node ", g.t.Nodes[slot].ID)
+}
+
+// impliedText is shown for the rule of a policy without acls and grants.
+const impliedText = "no acls or grants: every device reaches every device"
+
+func (g *program) ruleUse(q Query, d decision) RuleUse {
+	ru := d.part.rule
+	u := g.use(ru)
+	u.Src = g.matching(ru, q.From, d.part)
+	u.Ports = portsText(d.flow.proto, d.part.ports)
+	if d.part.dst >= 0 {
+		u.Dst = ru.dst[d.part.dst].s
+	}
+	return u
+}
+
+// use fills in what a rule says about itself.
+func (g *program) use(ru *rule) RuleUse {
+	if ru.kind == kindImplied {
+		return RuleUse{Line: g.p.lineOf(g.p.root.StartOffset), Column: 1, Text: impliedText}
+	}
+	e := g.p.errorAt(ru.at, "")
+	u := RuleUse{Line: e.Line, Column: e.Column, Path: e.Path, Text: oneLine(g.p.src[ru.at:ru.end])}
+	for _, t := range ru.via {
+		u.Via = append(u.Via, t.s)
+	}
+	return u
+}
+
+// oneLine joins the lines of a rule.
+func oneLine(b []byte) string { return strings.Join(strings.Fields(string(b)), " ") }
+
+// matching lists the src selectors that contain the endpoint.
+func (g *program) matching(ru *rule, from Endpoint, pt *part) []string {
+	var out []string
+	for i := range ru.src {
+		if g.inSelector(&ru.src[i], from, true) {
+			out = append(out, ru.src[i].s)
+		}
+	}
+	return out
+}
+
+// inSelector reports whether the endpoint is among what the selector denotes.
+// It resolves afresh, because the resolver's caches are not for concurrent use.
+func (g *program) inSelector(s *selector, e Endpoint, source bool) bool {
+	switch s.kind {
+	case selDangerAll:
+		return true
+	case selAll:
+		if !source {
+			return true
+		}
+		for _, r := range wildRanges {
+			if r.Contains(e.Addr) {
+				return true
+			}
+		}
+		return slices.ContainsFunc(g.subnets, func(sn subnet) bool { return sn.prefix.Contains(e.Addr) })
+	case selInternet:
+		return internetSet.Contains(e.Addr)
+	}
+	for _, r := range s.ranges(g.svc) {
+		if r.Contains(e.Addr) {
+			return true
+		}
+	}
+	if e.Slot < 0 {
+		return false
+	}
+	n := &g.t.Nodes[e.Slot]
+	switch s.kind {
+	case selTag:
+		return slices.Contains(n.Tags, s.name)
+	case selTagged:
+		return n.Tagged()
+	case selMember, selSelf:
+		return !n.Tagged()
+	case selUser, selUserDomain, selGroup, selRole:
+		u := g.userOf(n)
+		return u != nil && g.isUser(g.p, s, u)
+	}
+	return false
+}
+
+func (g *program) userOf(n *Node) *User {
+	if n.Tagged() {
+		return nil
+	}
+	for i := range g.t.Users {
+		if g.t.Users[i].ID == n.User {
+			return &g.t.Users[i]
+		}
+	}
+	return nil
+}
+
+func portsText(proto int, ports []tailcfg.PortRange) string {
+	list := make([]string, len(ports))
+	for i, pr := range ports {
+		list[i] = portString(pr)
+	}
+	text := strings.Join(list, ",")
+	if proto != 0 {
+		return protoName(proto) + ":" + text
+	}
+	return text
+}
+
+// nearMisses ranks the rules by how few of their parts do not fit.
+func (g *program) nearMisses(q Query, receiver int) []NearMiss {
+	var out []NearMiss
+	for _, ru := range g.p.rules {
+		if ru.kind == kindGrant && len(ru.ports) == 0 {
+			continue
+		}
+		if m := g.misses(q, ru, receiver); len(m.Fails) > 0 && len(m.Fails) <= 2 {
+			out = append(out, m)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b NearMiss) int { return len(a.Fails) - len(b.Fails) })
+	return out[:min(len(out), maxNear)]
+}
+
+func (g *program) misses(q Query, ru *rule, receiver int) NearMiss {
+	m := NearMiss{RuleUse: g.use(ru)}
+	fail := func(format string, args ...any) { m.Fails = append(m.Fails, fmt.Sprintf(format, args...)) }
+
+	m.Src = g.matching(ru, q.From, nil)
+	if len(m.Src) == 0 {
+		fail("the source %s is not in src %s", g.endpointText(q.From), selectorTexts(ru.src))
+	} else if len(ru.where) > 0 {
+		held, why := g.postures(ru, q.From)
+		if m.Postures = held; len(held) == 0 {
+			fail("%s", why)
+		}
+	}
+	var dsts []*destination
+	for i := range ru.dst {
+		if d := &ru.dst[i]; g.inSelector(&d.selector, q.To, false) {
+			if d.kind == selSelf && !g.sameUser(q.From, q.To) {
+				continue
+			}
+			dsts = append(dsts, d)
+		}
+	}
+	if len(dsts) == 0 {
+		fail("the destination %s is not in dst", g.endpointText(q.To))
+		return m
+	}
+	m.Dst = dsts[0].s
+	m.Ports, _ = openPorts(ru, dsts, q)
+	if text, ok := openPorts(ru, dsts, q); !ok {
+		fail("%s is not among the ports %s", flowText(q), text)
+	}
+	if len(ru.via) > 0 && receiver >= 0 && !slices.ContainsFunc(ru.via, func(t text) bool {
+		return slices.Contains(g.t.Nodes[receiver].Tags, t.s)
+	}) {
+		fail("the rule goes via %s, and %s is none of these", strings.Join(m.Via, ", "), g.name(receiver))
+	}
+	if len(m.Fails) == 0 {
+		fail("the rule is not delivered: no node that it names receives these packets")
+	}
+	return m
+}
+
+func flowText(q Query) string {
+	switch ipproto.Proto(q.Proto) {
+	case ipproto.TCP, ipproto.UDP, ipproto.SCTP:
+		return fmt.Sprintf("%s port %d", protoName(q.Proto), q.Port)
+	}
+	return protoName(q.Proto)
+}
+
+// openPorts renders what the rule opens on the destinations and says whether
+// the query is among it.
+func openPorts(ru *rule, dsts []*destination, q Query) (string, bool) {
+	var texts []string
+	ok := false
+	for _, d := range dsts {
+		for _, pp := range ru.portsOf(d) {
+			texts = append(texts, portsText(pp.proto, pp.ports))
+			ok = ok || portMatch(&flow{proto: pp.proto}, &part{ports: pp.ports}, q.Proto, q.Port)
+		}
+	}
+	return strings.Join(texts, " "), ok
+}
+
+func (g *program) sameUser(a, b Endpoint) bool {
+	if a.Slot < 0 || b.Slot < 0 {
+		return false
+	}
+	x, y := &g.t.Nodes[a.Slot], &g.t.Nodes[b.Slot]
+	return !x.Tagged() && !y.Tagged() && x.User == y.User
+}
+
+// postures lists those of the rule's postures that the source satisfies; with
+// none it says what is wrong.
+func (g *program) postures(ru *rule, from Endpoint) (held []string, why string) {
+	if from.Slot < 0 {
+		return nil, "only a device can satisfy a posture"
+	}
+	n := &g.t.Nodes[from.Slot]
+	var reasons []string
+	for _, ps := range ru.where {
+		ok, c := ps.holds(n.attribute)
+		if ok {
+			held = append(held, ps.name.s)
+			continue
+		}
+		got := "not set"
+		if v, set := n.attribute(c.attr); set {
+			got = fmt.Sprintf("%#v", v)
+		}
+		reasons = append(reasons, fmt.Sprintf("%s needs %s, and %s is %s", ps.name.s, c.s, c.attr, got))
+	}
+	return held, strings.Join(reasons, "; ")
+}
+
+func (g *program) endpointText(e Endpoint) string {
+	if e.Slot < 0 {
+		return e.Addr.String()
+	}
+	n := &g.t.Nodes[e.Slot]
+	who := strings.Join(n.Tags, ", ")
+	if u := g.userOf(n); u != nil {
+		who = u.LoginName()
+	}
+	return fmt.Sprintf("%s (%v, %s)", g.name(e.Slot), e.Addr, who)
+}
+
+func selectorTexts(list []selector) string {
+	out := make([]string, len(list))
+	for i := range list {
+		out[i] = list[i].s
+	}
+	return "[" + strings.Join(out, ", ") + "]"
+}
+
+// sshUses lists the receiver's SSH rules that know the source.
+func (a *Access) sshUses(from Endpoint, receiver int) []RuleUse {
+	g := a.prog
+	var out []RuleUse
+	for i := range a.ssh[receiver].Rules {
+		r := &a.ssh[receiver].Rules[i]
+		if !slices.ContainsFunc(r.Principals, func(p *tailcfg.SSHPrincipal) bool { return p.NodeIP == from.Addr.String() }) {
+			continue
+		}
+		u := RuleUse{Line: r.Line, Column: 1, Check: r.Check}
+		for _, ru := range g.p.ssh {
+			if g.p.lineOf(ru.at) == r.Line {
+				e := g.p.errorAt(ru.at, "")
+				u.Column, u.Path, u.Text = e.Column, e.Path, oneLine(g.p.src[ru.at:ru.end])
+				break
+			}
+		}
+		for _, name := range sortedKeys(r.SSHUsers) {
+			if r.SSHUsers[name] != "" {
+				u.Users = append(u.Users, name)
+			}
+		}
+		if len(u.Users) > 0 {
+			out = append(out, u)
+		}
+	}
+	return out
+}
+
+// Opening is what a sender may open on a receiver.
+type Opening struct {
+	Slot  int      // the other node; -1 for a range behind routers
+	Range string   // address or range when Slot is -1
+	Ports []string // such as "tcp:443"; no protocol means the default set
+	Lines []int    // of the rules
+}
+
+// ReachableFrom lists what the sender can reach: nodes, and ranges behind
+// routers that rules name.
+func (a *Access) ReachableFrom(from Endpoint) []Opening {
+	g := a.prog
+	b := newOpenings()
+	for _, f := range g.flows {
+		if f.isCap || f.silent || !f.src.contains(from.Addr, from.Slot) {
+			continue
+		}
+		for i := range f.parts {
+			pt := &f.parts[i]
+			switch pt.kind {
+			case partAll:
+				for slot := range g.live.all {
+					b.add(g, f, pt, slot, "", from)
+				}
+			case partNodes:
+				for slot := range pt.nodes.all {
+					b.add(g, f, pt, slot, "", from)
+				}
+			case partInternet:
+				if p := a.path(from, internetProbe(from.Addr)); p.receiver >= 0 && (f.via == nil || f.via.nodes.has(p.receiver)) {
+					b.add(g, f, pt, -1, "autogroup:internet", from)
+				}
+			case partRange:
+				g.within(pt.rng, func(slot int) { b.add(g, f, pt, slot, "", from) })
+				if p := a.path(from, pt.rng.From()); p.receiver >= 0 && p.route.IsValid() && g.delivered(f, pt, p.receiver, Endpoint{-1, pt.rng.From()}) {
+					b.add(g, f, pt, -1, pt.text, from)
+				}
+			}
+		}
+	}
+	return b.list
+}
+
+// internetProbe is some address of the public Internet.
+func internetProbe(from netip.Addr) netip.Addr {
+	if from.Is4() {
+		return netip.AddrFrom4([4]byte{8, 8, 8, 8})
+	}
+	return netip.MustParseAddr("2001:4860:4860::8888")
+}
+
+// WhoReaches lists the nodes that can reach the receiver, with what they may
+// open there.
+func (a *Access) WhoReaches(to Endpoint) []Opening {
+	g := a.prog
+	b := newOpenings()
+	for slot := range g.live.all {
+		for _, from := range g.nodeEndpoints(slot) {
+			if from.Addr.Is4() != to.Addr.Is4() || slot == to.Slot {
+				continue
+			}
+			p := a.path(from, to.Addr)
+			if p.receiver < 0 {
+				continue
+			}
+			for _, f := range g.flows {
+				if f.isCap || !f.src.contains(from.Addr, slot) {
+					continue
+				}
+				for i := range f.parts {
+					if pt := &f.parts[i]; g.delivered(f, pt, p.receiver, to) {
+						b.put(g, f, pt, slot, "")
+					}
+				}
+			}
+		}
+	}
+	return b.list
+}
+
+// openings collects by node and range.
+type openings struct {
+	list  []Opening
+	index map[string]int
+}
+
+func newOpenings() *openings { return &openings{index: map[string]int{}} }
+
+// add notes a flow to a node, if it reaches an address of the sender's family.
+func (b *openings) add(g *program, f *flow, pt *part, slot int, rng string, from Endpoint) {
+	if slot >= 0 {
+		if slot == from.Slot {
+			return
+		}
+		if !slices.ContainsFunc(g.nodeEndpoints(slot), func(to Endpoint) bool {
+			return to.Addr.Is4() == from.Addr.Is4() && g.delivered(f, pt, slot, to)
+		}) {
+			return
+		}
+	}
+	b.put(g, f, pt, slot, rng)
+}
+
+func (b *openings) put(g *program, f *flow, pt *part, slot int, rng string) {
+	key := fmt.Sprint(slot, " ", rng)
+	i, ok := b.index[key]
+	if !ok {
+		i = len(b.list)
+		b.index[key] = i
+		b.list = append(b.list, Opening{Slot: slot, Range: rng})
+	}
+	o := &b.list[i]
+	if text := portsText(f.proto, pt.ports); !slices.Contains(o.Ports, text) {
+		o.Ports = append(o.Ports, text)
+	}
+	line := g.use(pt.rule).Line
+	if !slices.Contains(o.Lines, line) {
+		o.Lines = append(o.Lines, line)
+	}
+}

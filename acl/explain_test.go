@@ -1,0 +1,142 @@
+package acl
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"go4.org/netipx"
+	"tailscale.com/types/ipproto"
+	"tailscale.com/wgengine/filter"
+)
+
+// clientFilter is the filter that a stock client builds from what the node gets.
+func clientFilter(t *testing.T, a *Access, slot int) *filter.Filter {
+	t.Helper()
+	matches, err := filter.MatchesFromFilterRules(a.Filter(slot).Rules)
+	if err != nil {
+		t.Fatalf("the client refuses the filter: %v", err)
+	}
+	var local netipx.IPSetBuilder
+	for _, p := range a.Self(slot).AllowedIPs {
+		local.AddPrefix(p)
+	}
+	nets, err := local.IPSet()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filter.New(matches, nil, nets, nil, nil, t.Logf)
+}
+
+// receiverOf follows the sender's routing table as a client does: the visible
+// peer with the longest prefix of AllowedIPs.
+func receiverOf(tn *Tailnet, a *Access, sender int, to netip.Addr) int {
+	best, bits := -1, -1
+	views := a.Views(sender)
+	for slot := range tn.Nodes {
+		if slot == sender || !a.Row(sender).Has(slot) {
+			continue
+		}
+		v := a.Base(slot)
+		for i, s := range views.Slots {
+			if s == slot {
+				v = views.Peers[i]
+			}
+		}
+		for _, p := range v.AllowedIPs {
+			if p.Contains(to) && p.Bits() > bits {
+				best, bits = slot, p.Bits()
+			}
+		}
+	}
+	return best
+}
+
+// TestExplainEqualsClientFilter compares every verdict with tailscale's own
+// packet filter, loaded with the compiled rules.
+func TestExplainEqualsClientFilter(t *testing.T) {
+	rounds := 400
+	if testing.Short() {
+		rounds = 50
+	}
+	checked, allowed := 0, 0
+	for seed := range rounds {
+		rnd := rand.New(rand.NewPCG(uint64(seed), 7))
+		tn, src := randomTailnet(rnd), randomPolicy(rnd)
+		p, err := Parse(src)
+		if err != nil {
+			t.Fatalf("seed %d: %v\n%s", seed, err, src)
+		}
+		a, err := Compile(p, tn)
+		if err != nil {
+			t.Fatalf("seed %d: %v\n%s", seed, err, src)
+		}
+		filters := make([]*filter.Filter, len(tn.Nodes))
+		for slot := range tn.Nodes {
+			filters[slot] = clientFilter(t, a, slot)
+		}
+		outside := []netip.Addr{netip.MustParseAddr("10.33.0.9"), netip.MustParseAddr("10.33.1.7"), netip.MustParseAddr("192.168.1.4"),
+			netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("fd00:1::5"), netip.MustParseAddr("100.64.9.9")}
+		for slot := range tn.Nodes {
+			for _, from := range a.prog.nodeEndpoints(slot) {
+				var tos []Endpoint
+				for o := range tn.Nodes {
+					if o != slot {
+						tos = append(tos, a.prog.nodeEndpoints(o)...)
+					}
+				}
+				for _, addr := range outside {
+					tos = append(tos, a.prog.endpoint(addr))
+				}
+				for _, to := range tos {
+					if to.Addr.Is4() != from.Addr.Is4() {
+						continue
+					}
+					receiver := to.Slot
+					if receiver < 0 {
+						receiver = receiverOf(tn, a, slot, to.Addr)
+					}
+					for _, q := range []Query{{Proto: 6, Port: 22}, {Proto: 6, Port: 443}, {Proto: 17, Port: 53}, {Proto: 132, Port: 100}, {Proto: 1}, {Proto: 47}} {
+						q.From, q.To = from, to
+						v := a.Explain(q)
+						want := false
+						if receiver >= 0 {
+							want = filters[receiver].Check(from.Addr, to.Addr, q.Port, ipproto.Proto(v.Proto)) == filter.Accept
+						}
+						if checked++; v.Allowed {
+							allowed++
+						}
+						// The client drops ICMPv6 and IPv4 of the wrong family
+						// and disabled addresses by itself; the policy's answer
+						// is about rules.
+						if v.Allowed != want && !disabled(a, tn, receiver, to) {
+							t.Fatalf("seed %d: %v -> %v proto %d port %d: explain says %v (%s), the client's filter %v\nfilter %+v\n%s",
+								seed, from, to, v.Proto, q.Port, v.Allowed, v.Reason, want, a.Filter(max(receiver, 0)).Rules, src)
+						}
+						if v.Allowed != (len(v.Rules) > 0) {
+							t.Fatalf("seed %d: verdict without rules: %+v", seed, v)
+						}
+					}
+				}
+			}
+		}
+	}
+	t.Logf("%d verdicts, %d allowed", checked, allowed)
+	if allowed < checked/100 {
+		t.Errorf("only %d of %d verdicts allow: the samples prove little", allowed, checked)
+	}
+}
+
+// disabled reports whether the receiver does not use the address because of
+// disable-ipv4.
+func disabled(a *Access, tn *Tailnet, receiver int, to Endpoint) bool {
+	if receiver < 0 || to.Slot < 0 {
+		return false
+	}
+	for _, p := range a.Self(receiver).AllowedIPs {
+		if p.Contains(to.Addr) {
+			return false
+		}
+	}
+	return true
+}

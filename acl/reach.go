@@ -1,0 +1,225 @@
+package acl
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"go4.org/netipx"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/ipproto"
+)
+
+// Endpoint is one end of a connection: an address, and the node that has it.
+type Endpoint struct {
+	Slot int // -1 when no node has the address
+	Addr netip.Addr
+}
+
+// Endpoints finds what a name means as one end of a connection: a node by
+// hostname, id or address (all its addresses, IPv4 first), a host alias, a
+// service, or any other address.
+func (a *Access) Endpoints(name string) ([]Endpoint, error) {
+	g := a.prog
+	if addr, err := netip.ParseAddr(name); err == nil {
+		return []Endpoint{g.endpoint(addr.Unmap())}, nil
+	}
+	var found []int
+	for slot := range g.live.all {
+		n := &g.t.Nodes[slot]
+		if strings.EqualFold(n.Hostname, name) || strconv.FormatInt(int64(n.ID), 10) == name {
+			found = append(found, slot)
+		}
+	}
+	switch {
+	case len(found) == 1:
+		return g.nodeEndpoints(found[0]), nil
+	case len(found) > 1:
+		return nil, fmt.Errorf("%q names %d nodes; use an id or an address", name, len(found))
+	}
+	if svc := g.svc[name]; svc != nil {
+		var out []Endpoint
+		for _, addr := range svc.addrs() {
+			out = append(out, Endpoint{-1, addr})
+		}
+		return out, nil
+	}
+	if h := g.p.hosts[name]; h != nil {
+		return []Endpoint{g.endpoint(h.prefix.Addr())}, nil
+	}
+	return nil, fmt.Errorf("%q is no node, host, service or address of this tailnet", name)
+}
+
+func (g *program) endpoint(addr netip.Addr) Endpoint {
+	if slot, ok := g.owner(addr); ok {
+		return Endpoint{slot, addr}
+	}
+	return Endpoint{-1, addr}
+}
+
+func (g *program) nodeEndpoints(slot int) []Endpoint {
+	var out []Endpoint
+	for _, a := range [...]netip.Addr{g.t.Nodes[slot].IPv4, g.t.Nodes[slot].IPv6} {
+		if a.IsValid() {
+			out = append(out, Endpoint{slot, a})
+		}
+	}
+	return out
+}
+
+// path says where packets from one endpoint to another arrive.
+type path struct {
+	receiver int          // slot of the node whose filter decides; -1 when none
+	route    netip.Prefix // the receiver's route; invalid when it has the address itself
+	missing  string       // why there is no receiver
+}
+
+// path finds the receiver of packets: the node with the address, or the peer
+// that the sender's routing table names for it. A sender that is no node is
+// taken to stand behind the primary router of its address.
+func (a *Access) path(from Endpoint, to netip.Addr) path {
+	g := a.prog
+	if slot, ok := g.owner(to); ok {
+		return path{receiver: slot}
+	}
+	sender := from.Slot
+	if sender < 0 {
+		if sender = a.routerOf(from.Addr); sender < 0 {
+			return path{receiver: -1, missing: fmt.Sprintf("%v is neither a node nor behind a router of this tailnet", from.Addr)}
+		}
+	}
+	best := path{receiver: -1, missing: fmt.Sprintf("no router offers a route to %v that %v may use", to, from.Addr)}
+	if slices.ContainsFunc(a.self[sender].AllowedIPs, func(p netip.Prefix) bool { return p.Bits() > 0 && p.Contains(to) }) {
+		best.missing = fmt.Sprintf("%v is on the sender's own side of a route", to)
+	}
+	v := a.views[sender]
+	for i, slot := range v.Slots {
+		if !a.rows[sender].Has(slot) {
+			continue
+		}
+		for _, p := range v.Peers[i].AllowedIPs {
+			if p.Contains(to) && (best.receiver < 0 || p.Bits() > best.route.Bits()) {
+				best = path{receiver: slot, route: p}
+			}
+		}
+	}
+	return best
+}
+
+// routerOf is the primary router of an address, -1 when it has none.
+func (a *Access) routerOf(addr netip.Addr) int {
+	best, bits := -1, -1
+	for p, id := range a.primaries {
+		if p.Contains(addr) && p.Bits() > bits {
+			if slot, ok := a.prog.slotOf(id); ok {
+				best, bits = slot, p.Bits()
+			}
+		}
+	}
+	return best
+}
+
+// slotOf finds a node without touching the resolver's caches, which are not
+// safe for concurrent use.
+func (g *program) slotOf(id tailcfg.NodeID) (int, bool) {
+	for slot := range g.live.all {
+		if g.t.Nodes[slot].ID == id {
+			return slot, true
+		}
+	}
+	return 0, false
+}
+
+// delivered reports whether the part is in the receiver's filter with an
+// address range that contains to.
+func (g *program) delivered(f *flow, pt *part, receiver int, to Endpoint) bool {
+	if f.silent || f.via != nil && !f.via.nodes.has(receiver) {
+		return false
+	}
+	switch pt.kind {
+	case partAll:
+		return f.via == nil || len(g.t.Nodes[receiver].ApprovedRoutes) > 0
+	case partInternet:
+		return g.exits.has(receiver) && internetSet.Contains(to.Addr)
+	case partNodes:
+		if to.Slot < 0 || !pt.nodes.has(to.Slot) {
+			return false
+		}
+		return f.via == nil && receiver == to.Slot || g.routesTo(receiver, to.Addr)
+	}
+	if !pt.rng.Contains(to.Addr) {
+		return false
+	}
+	return f.via == nil && g.hasAddr(receiver, pt.rng) || g.routesInto(receiver, pt.rng)
+}
+
+func (g *program) hasAddr(slot int, rng netipx.IPRange) bool {
+	n := &g.t.Nodes[slot]
+	return n.IPv4.IsValid() && rng.Contains(n.IPv4) || n.IPv6.IsValid() && rng.Contains(n.IPv6)
+}
+
+func (g *program) routesTo(slot int, addr netip.Addr) bool {
+	return g.routesInto(slot, netipx.IPRangeFrom(addr, addr))
+}
+
+// routesInto reports whether the node is an approved router, or a host of a
+// service, of part of the range.
+func (g *program) routesInto(slot int, rng netipx.IPRange) bool {
+	for i := range g.subnets {
+		if sn := &g.subnets[i]; int(sn.slot) == slot && rng.Overlaps(netipx.RangeOfPrefix(sn.prefix)) {
+			return true
+		}
+	}
+	return false
+}
+
+// portMatch follows the client's packet filter: ICMP passes when anything is
+// open, protocols without ports only when all ports are.
+func portMatch(f *flow, pt *part, proto int, port uint16) bool {
+	switch ipproto.Proto(proto) {
+	case ipproto.ICMPv4, ipproto.ICMPv6:
+		return len(pt.ports) > 0
+	case ipproto.TCP, ipproto.UDP, ipproto.SCTP:
+		return protoMatches(f.proto, proto) && pt.hasPort(proto, port)
+	}
+	return protoMatches(f.proto, proto) && slices.Contains(pt.ports, tailcfg.PortRangeAny)
+}
+
+// decide finds the parts that let a packet pass the receiver's filter.
+func (g *program) decide(from Endpoint, to Endpoint, receiver, proto int, port uint16) []decision {
+	if from.Addr.Is4() != to.Addr.Is4() {
+		return nil
+	}
+	var out []decision
+	for _, f := range g.flows {
+		if f.isCap || !f.src.contains(from.Addr, from.Slot) {
+			continue
+		}
+		for i := range f.parts {
+			pt := &f.parts[i]
+			if portMatch(f, pt, proto, port) && g.delivered(f, pt, receiver, to) {
+				out = append(out, decision{f, pt})
+			}
+		}
+	}
+	return out
+}
+
+type decision struct {
+	flow *flow
+	part *part
+}
+
+// icmpFor is the ICMP of the address family.
+func icmpFor(addr netip.Addr, proto int) int {
+	p := ipproto.Proto(proto)
+	if (p == ipproto.ICMPv4 || p == ipproto.ICMPv6) && addr.Is6() {
+		return int(ipproto.ICMPv6)
+	}
+	if p == ipproto.ICMPv6 {
+		return int(ipproto.ICMPv4)
+	}
+	return proto
+}
