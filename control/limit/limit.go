@@ -91,8 +91,8 @@ func New(perSecond, burst float64) *Table {
 
 // Allow takes one token of k's bucket and reports whether there was one.
 func (t *Table) Allow(k Key, now time.Time) bool {
-	set, unlock := t.lock(k)
-	defer unlock()
+	set, mu := t.lock(k)
+	defer mu.Unlock()
 	b := t.find(set, k, now)
 	if b == nil {
 		if t.burst < 1 {
@@ -115,8 +115,8 @@ func (t *Table) Empty(k Key, now time.Time) bool {
 
 // Wait is how long it takes until k's bucket holds a token, 0 when it has one.
 func (t *Table) Wait(k Key, now time.Time) time.Duration {
-	set, unlock := t.lock(k)
-	defer unlock()
+	set, mu := t.lock(k)
+	defer mu.Unlock()
 	tokens := t.burst
 	if b := t.find(set, k, now); b != nil {
 		tokens = b.tokens
@@ -133,8 +133,8 @@ func (t *Table) Wait(k Key, now time.Time) time.Duration {
 // Debit takes n tokens whether or not the bucket holds them: attempts that
 // ran at once and all failed are all paid for. A debt is at most one burst.
 func (t *Table) Debit(k Key, now time.Time, n float64) {
-	set, unlock := t.lock(k)
-	defer unlock()
+	set, mu := t.lock(k)
+	defer mu.Unlock()
 	if b := t.find(set, k, now); b != nil {
 		b.tokens = max(b.tokens-float32(n), -t.burst)
 		return
@@ -144,18 +144,19 @@ func (t *Table) Debit(k Key, now time.Time, n float64) {
 
 // Refund gives n tokens back, up to a full bucket.
 func (t *Table) Refund(k Key, now time.Time, n float64) {
-	set, unlock := t.lock(k)
-	defer unlock()
+	set, mu := t.lock(k)
+	defer mu.Unlock()
 	if b := t.find(set, k, now); b != nil {
 		b.tokens = min(b.tokens+float32(n), t.burst)
 	}
 }
 
-func (t *Table) lock(k Key) (set *[ways]bucket, unlock func()) {
+// lock returns k's set and its locked mutex.
+func (t *Table) lock(k Key) (*[ways]bucket, *sync.Mutex) {
 	i := uint64(k) % sets
 	mu := &t.locks[i%stripes]
 	mu.Lock()
-	return &t.sets[i], mu.Unlock
+	return &t.sets[i], mu
 }
 
 // find returns k's bucket filled up to now, or nil.

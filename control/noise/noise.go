@@ -75,7 +75,8 @@ type Config struct {
 	Identify func(*http.Request) func()
 
 	// Overloaded reports that no work for unknown machine keys should be
-	// accepted at the moment. May be nil.
+	// accepted at the moment. Nil means: while the process uses more than
+	// nine tenths of GOMEMLIMIT.
 	Overloaded func() bool
 
 	// MaxBody is the largest request body for a path and a machine key that
@@ -229,6 +230,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Overloaded == nil {
+		cfg.Overloaded = memoryTight(cfg.Now)
 	}
 	def(&cfg.MinVersion, 113)
 	lim := cfg.Limits.withDefaults()

@@ -216,7 +216,7 @@ func (s *Server) admit(c *session) *refusal {
 	if s.cfg.Known(c.peer.Machine) {
 		return nil
 	}
-	if s.cfg.Overloaded != nil && s.cfg.Overloaded() {
+	if s.cfg.Overloaded() {
 		return &refusal{status: http.StatusServiceUnavailable, retry: 10 * time.Second, text: "try again later"}
 	}
 	k, now := limit.Addr(c.peer.Remote.Addr()), s.cfg.Now()
