@@ -18,7 +18,9 @@ const maxPolicy = 2 << 20
 
 func (m *program) policyCmd() *cobra.Command {
 	g := m.group("policy", "Manage the access policy")
-	g.AddCommand(m.policyGet(), m.policySet(), m.policyCheck(), m.policyCompile())
+	get, set, check := m.policyGet(), m.policySet(), m.policyCheck()
+	noBypass(get, set, check)
+	g.AddCommand(get, set, check, m.policyCompile())
 	return g
 }
 
@@ -83,6 +85,20 @@ func (m *program) verbFile(name, short string, path *string, run func(*cobra.Com
 	}
 	cmd.Flags().StringVarP(path, "file", "f", "", "policy file in HuJSON; - for standard input")
 	return cmd
+}
+
+// noBypass explains the absence of Headscale's flags for a database without a
+// server: there, a policy can lock the administrator out; here, the socket is
+// always open to one, and two writers on one database are not.
+func noBypass(cmds ...*cobra.Command) {
+	for _, cmd := range cmds {
+		for _, name := range []string{"bypass-server-and-access-database-directly", "bypass-grpc-and-access-database-directly"} {
+			cmd.Flags().BoolFunc(name, "", func(string) error {
+				return errors.New("only the server writes its database: start it, the socket is open to an administrator whatever the policy says")
+			})
+			must(cmd.Flags().MarkHidden(name))
+		}
+	}
 }
 
 func (m *program) policySet() *cobra.Command {

@@ -45,6 +45,7 @@ func (c *Config) CheckFiles() error {
 		{"derp.server.private_key_path", c.DERP.Server.PrivateKeyPath, false, true},
 		{"tls_cert_path", c.TLS.CertPath, true, false},
 		{"tls_key_path", c.TLS.KeyPath, true, true},
+		{"secrets.key_file", c.Secrets.KeyFile, true, true},
 		{"policy.path", c.Policy.Path, true, false},
 		{"dns.extra_records_path", c.DNS.ExtraRecordsPath, true, false},
 	} {

@@ -249,14 +249,6 @@ func TestDurations(t *testing.T) {
 	}
 }
 
-func TestPostgresDSNQuotes(t *testing.T) {
-	p := Postgres{Host: "db", Port: 5432, Name: "s", User: "u", Pass: `a'b\ c`, SSL: "true"}
-	want := `host='db' port='5432' dbname='s' user='u' password='a\'b\\ c' sslmode='require'`
-	if got := p.DSN(); got != want {
-		t.Errorf("DSN = %s, want %s", got, want)
-	}
-}
-
 func TestDumpReadsBackWithoutSecrets(t *testing.T) {
 	c, err := load(t, "node:\n  expiry: \"0\"\ntrusted_proxies: [10.0.0.1]\ndns:\n  extra_records: [{name: a.b, type: A, value: 100.64.0.9}]\ndatabase:\n  postgres: {pass: hunter2}\n", nil, Overrides{})
 	if err != nil {

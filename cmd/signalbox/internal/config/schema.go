@@ -199,8 +199,7 @@ var schema = []key{
 		Doc: "Its mode, in octal."},
 
 	{Name: "secrets.key_file", At: func(c *Config) any { return &c.Secrets.KeyFile }, Path: true,
-		Later: "sealing of secrets in the database",
-		Doc:   "File with the key that seals secrets in the database. Not supported yet."},
+		Doc: "File with 32 bytes (plain, hex or base64) that seal the secrets in the database. Without it a database backup alone holds them."},
 
 	{Name: "cli.address", At: func(c *Config) any { return &c.CLI.Address },
 		Doc: "A server for the command line to talk to instead of the one behind the socket: a URL, or HOST:PORT for https. Also --server."},
@@ -240,12 +239,12 @@ var schema = []key{
 	{Name: "oidc.pkce.method", At: func(c *Config) any { return &c.OIDC.PKCE.Method }, Default: "S256", Enum: []string{"S256", "plain"}, Later: oidcLater,
 		Doc: "S256 or plain."},
 
-	{Name: "logtail.enabled", At: func(c *Config) any { return &c.LogTail.Enabled }, Later: "client logs",
-		Doc: "Clients' logs. Not supported yet; clients are told to send none."},
-	{Name: "taildrop.enabled", At: func(c *Config) any { return &c.Taildrop.Enabled }, Default: true, Later: "switching Taildrop off",
-		Doc: "Sending files between one's own nodes. Not supported yet: it cannot be switched off."},
-	{Name: "auto_update.enabled", At: func(c *Config) any { return &c.AutoUpdate.Enabled }, Later: "automatic updates of clients",
-		Doc: "Tell clients to update themselves. Not supported yet."},
+	{Name: "logtail.enabled", At: func(c *Config) any { return &c.LogTail.Enabled },
+		Doc: "Let clients send their logs to Tailscale."},
+	{Name: "taildrop.enabled", At: func(c *Config) any { return &c.Taildrop.Enabled }, Default: true,
+		Doc: "Let people send files between their own nodes."},
+	{Name: "auto_update.enabled", At: func(c *Config) any { return &c.AutoUpdate.Enabled },
+		Doc: "Tell clients to update themselves, unless their owner has decided otherwise."},
 
 	{Name: "tuning.notifier_send_timeout", At: func(c *Config) any { return &c.Tuning.NotifierSendTimeout }, Default: "800ms", Inert: tuningInert,
 		Doc: "Accepted for Headscale's sake; the keys of tuning have no effect."},

@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -361,25 +360,4 @@ func (l *loader) validatePostgres() {
 	if p.MaxOpenConns < 1 {
 		l.fault("database.postgres.max_open_conns", "want at least 1, got %d", p.MaxOpenConns)
 	}
-}
-
-// DSN returns the connection string for pgx in libpq's keyword form.
-func (p Postgres) DSN() string {
-	mode := p.SSL
-	switch mode {
-	case "", "false":
-		mode = "disable"
-	case "true":
-		mode = "require"
-	}
-	var words []string
-	for _, kv := range [][2]string{
-		{"host", p.Host}, {"port", strconv.Itoa(p.Port)}, {"dbname", p.Name},
-		{"user", p.User}, {"password", p.Pass}, {"sslmode", mode},
-	} {
-		if kv[1] != "" {
-			words = append(words, kv[0]+"='"+strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(kv[1])+"'")
-		}
-	}
-	return strings.Join(slices.Clip(words), " ")
 }
