@@ -71,7 +71,7 @@ func (s *Server) fill(n *tailnet.Node, req *tailcfg.MapRequest) {
 		return
 	}
 	u := tailnet.Update{
-		DiscoKey: req.DiscoKey, Cap: req.Version, Hostinfo: tailnet.CleanHostinfo(req.Hostinfo),
+		Fill: true, DiscoKey: req.DiscoKey, Cap: req.Version, Hostinfo: tailnet.CleanHostinfo(req.Hostinfo),
 		Endpoints: tailnet.CleanEndpoints(req.Endpoints, req.EndpointTypes),
 	}
 	if u.Hostinfo != nil && u.Hostinfo.NetInfo != nil {

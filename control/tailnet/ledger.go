@@ -68,6 +68,9 @@ type Update struct {
 	HomeDERP  int // 0 keeps the known one: clients send 0 before their first measurement
 	Hostinfo  *tailcfg.Hostinfo
 	Cap       tailcfg.CapabilityVersion
+
+	// Fill says that this is only wanted for a node of which nothing is known yet. It gives way to any other report.
+	Fill bool
 }
 
 // Presence is whether a node has a live map stream.
@@ -96,7 +99,11 @@ func newPool() *pool {
 // Report hands in what a node says of itself; the newest report of a node wins. The returned function waits until it is on disk. It must not
 // be called with slices or a Hostinfo that change afterwards.
 func (l *Ledger) Report(id tailcfg.NodeID, u Update) func(context.Context) error {
-	return l.add(id, func(p *pending) { p.update = &u })
+	return l.add(id, func(p *pending) {
+		if !u.Fill || p.update == nil {
+			p.update = &u
+		}
+	})
 }
 
 // Attach and Detach say that a node's map stream began or ended here.
@@ -229,6 +236,9 @@ func (l *Ledger) write(ctx context.Context, p *pool, ids []tailcfg.NodeID) error
 
 // applyUpdate merges what the client said. A changed host name renames the device, unless somebody gave it another name.
 func applyUpdate(tx *db.Tx, rec *db.Node, st *db.NodeState, u *Update) error {
+	if u.Fill && !st.DiscoKey.IsZero() {
+		return nil
+	}
 	st.DiscoKey, st.Endpoints, st.Cap = u.DiscoKey, u.Endpoints, u.Cap
 	if u.HomeDERP != 0 {
 		st.HomeDERP = u.HomeDERP
