@@ -97,7 +97,7 @@ func (s *server) deleteUser(r *http.Request) (any, error) {
 		}
 		if err := tx.DeleteUser(u.ID); err != nil {
 			if errors.Is(err, db.ErrInUse) {
-				return conflict("user %q still has nodes or keys: delete them first", u.Name)
+				return conflict("user %q still has nodes: delete or tag them first", u.Name)
 			}
 			return err
 		}

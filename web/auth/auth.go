@@ -19,7 +19,6 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
-	"net/netip"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -27,6 +26,7 @@ import (
 
 	"github.com/signalbox-net/signalbox/control/limit"
 	"github.com/signalbox-net/signalbox/db"
+	"github.com/signalbox-net/signalbox/web/listener"
 )
 
 // ErrCredential says that the request carries no valid credential. It is the
@@ -156,7 +156,7 @@ func (c *Checker) Check(r *http.Request) (db.Actor, error) {
 		return db.Actor{}, ErrCredential
 	}
 	now := c.now()
-	addr := SourceAddr(r)
+	addr := listener.ClientIP(r)
 	source := limit.Addr(addr)
 	kind, keyID, hash, err := db.ParseKey(secret)
 	if err != nil || kind != db.KeyAPI {
@@ -176,6 +176,7 @@ func (c *Checker) Check(r *http.Request) (db.Actor, error) {
 		return db.Actor{}, err
 	}
 	c.prove(hash)
+	listener.Identify(r)
 	if !c.good.Allow(byID, now) {
 		return db.Actor{}, &LimitError{c.good.Wait(byID, now)}
 	}
@@ -255,15 +256,4 @@ func credential(r *http.Request) string {
 		return ""
 	}
 	return strings.TrimSpace(token)
-}
-
-// SourceAddr is the address that a request comes from, the zero Addr when it
-// has none. It reads RemoteAddr, which the listener has already corrected for
-// trusted proxies.
-func SourceAddr(r *http.Request) netip.Addr {
-	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-		return ap.Addr().Unmap()
-	}
-	a, _ := netip.ParseAddr(r.RemoteAddr)
-	return a.Unmap()
 }

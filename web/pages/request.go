@@ -20,6 +20,7 @@ import (
 	"github.com/signalbox-net/signalbox/control/limit"
 	"github.com/signalbox-net/signalbox/control/register"
 	"github.com/signalbox-net/signalbox/db"
+	"github.com/signalbox-net/signalbox/web/listener"
 )
 
 // request is what a page shows of an auth request. All text of the device has
@@ -44,7 +45,7 @@ func (s *server) waiting(kind, template string) http.HandlerFunc {
 		ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
 		defer cancel()
 		now := s.now()
-		source := sourceAddr(r)
+		source := listener.ClientIP(r)
 		if wait := s.misses.Wait(limit.Addr(source), now); wait > 0 {
 			w.Header().Set("Retry-After", fmt.Sprint(int(wait/time.Second)+1))
 			s.render(w, r, http.StatusTooManyRequests, "message.html", message{"429", "Too many wrong addresses", "Wait a moment, then open the address from the device again."})
@@ -93,7 +94,11 @@ func (s *server) find(ctx context.Context, kind, id string, now time.Time) (*db.
 
 // open notes that somebody looks at the request.
 func (s *server) open(ctx context.Context, id int64, source netip.Addr) error {
-	_, err := s.Ledger.Do(ctx, db.Actor{Kind: "unauthenticated", Source: source.String()}, func(tx *db.Tx) error {
+	actor := db.Actor{Kind: "unauthenticated"}
+	if source.IsValid() {
+		actor.Source = source.String()
+	}
+	_, err := s.Ledger.Do(ctx, actor, func(tx *db.Tx) error {
 		a, err := tx.AuthRequest(id)
 		if err != nil || a.Opened {
 			return err
@@ -192,16 +197,6 @@ func serverHost(serverURL string) string {
 		return ""
 	}
 	return u.Hostname()
-}
-
-// sourceAddr is the address of the visitor, as the listener corrected it for
-// trusted proxies.
-func sourceAddr(r *http.Request) netip.Addr {
-	ap, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return netip.Addr{}
-	}
-	return ap.Addr().Unmap()
 }
 
 // failing names what is not well, sorted.
