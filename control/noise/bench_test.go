@@ -213,7 +213,7 @@ func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
 	})
 	k := g.node()
 	cc := g.client(k)
-	req, _ := http.NewRequest("POST", "https://unused/machine/map", nil)
+	req, _ := http.NewRequest("POST", "http://unused/machine/map", nil)
 	res, err := cc.RoundTrip(req)
 	if err != nil {
 		t.Fatal(err)

@@ -44,7 +44,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/net/http2"
 	"golang.org/x/sync/semaphore"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -187,8 +186,7 @@ type Server struct {
 
 	gate    *semaphore.Weighted
 	sources *limit.Table
-	h1      *http.Server // carries the HTTP/2 settings; never listens
-	h2      *http2.Server
+	h2      *http2Server
 
 	base context.Context // ends all connections
 	stop context.CancelFunc
@@ -254,22 +252,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.base, s.stop = context.WithCancel(context.Background())
 
-	// net/http adds 320 bytes for ten headers to what it tells HTTP/2.
-	const headerList = 16<<10 - 320
-	s.h1 = &http.Server{
-		MaxHeaderBytes: headerList,
-		ErrorLog:       slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
-	}
-	// The windows hold what one connection can make us keep: 64 KiB. They are
-	// the same for everybody, since HTTP/2 fixes them before a stranger can
-	// register and turn into a node on the same connection.
-	s.h2 = &http2.Server{
-		MaxConcurrentStreams:         250,
-		MaxReadFrameSize:             16 << 10,
-		MaxUploadBufferPerConnection: 65535,
-		MaxUploadBufferPerStream:     65535,
-	}
-	if err := http2.ConfigureServer(s.h1, s.h2); err != nil {
+	if s.h2, err = newHTTP2(cfg.Log); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -338,7 +321,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	for _, c := range unproven {
 		c.close()
 	}
-	s.h1.Shutdown(ctx)
+	s.h2.goAway(ctx)
 	select {
 	case <-s.drained:
 		s.stop()

@@ -41,11 +41,7 @@ type session struct {
 func (c *session) serve() {
 	defer c.end()
 	c.setKnown(c.s.cfg.Known(c.peer.Machine))
-	c.s.h2.ServeConn((*conn)(c), &http2.ServeConnOpts{
-		Context:    WithPeer(c.s.base, c.peer),
-		BaseConfig: c.s.h1,
-		Handler:    c,
-	})
+	c.s.h2.serve(WithPeer(c.s.base, c.peer), (*conn)(c), c)
 }
 
 func (c *session) end() {
