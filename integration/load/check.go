@@ -67,6 +67,9 @@ func differs(n *tailcfg.Node, f *fact) string {
 // from: a view that lacks one peer mostly still lacks it when asked again.
 // Caller holds c.viewMu.
 func (f *fleet) mismatch(c *client, from int) (peer int, why string) {
+	if c.halted.Load() {
+		return 0, "" // we keep it away: it has no view that could be wrong
+	}
 	v := c.view
 	if v == nil || !c.full {
 		return from, "no map"

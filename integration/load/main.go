@@ -251,7 +251,7 @@ func (o *options) measure(ctx context.Context, r *run) error {
 		r.change(ctx, o.changes)
 	}
 	if o.has("burst") {
-		r.burst(ctx, min(100, max(20, o.nodes/5)))
+		r.burst(ctx, min(100, max(20, o.nodes/2)))
 	}
 	if o.has("presence") {
 		r.presence(ctx)
