@@ -114,13 +114,16 @@ const maxShown = 160
 // withCaret is "FILE:LINE:COL: message" and below it the line of the text with
 // a mark under the place. Columns count characters from 1.
 func withCaret(path string, text []byte, line, col int, msg string) string {
+	if path == "-" {
+		path = "<stdin>"
+	}
 	head := fmt.Sprintf("%s:%d:%d: %s", path, line, col, msg)
 	lines := strings.Split(string(text), "\n")
 	if line < 1 || line > len(lines) {
 		return head
 	}
 	src := []rune(strings.TrimSuffix(lines[line-1], "\r"))
-	if col < 1 || col > len(src)+1 || len(src) > maxShown {
+	if col < 1 || col > len(src)+1 || len(src) > maxShown || len(src) == 0 {
 		return head
 	}
 	mark := make([]rune, 0, col)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -102,16 +103,23 @@ func (m *program) encode(w io.Writer, v any) error {
 	return err
 }
 
-// plain takes JSON's braces and quotes off a document; the encoder puts quotes
-// back where the text would be read as something else.
+// plain takes JSON's braces off a document, and the quotes off words that no
+// YAML parser, old ones included, reads as anything but a string.
 func plain(n *yaml.Node) {
-	if n.Kind != yaml.ScalarNode && len(n.Content) > 0 || n.Kind == yaml.ScalarNode {
+	switch {
+	case n.Kind != yaml.ScalarNode && len(n.Content) > 0,
+		n.Kind == yaml.ScalarNode && word.MatchString(n.Value) && !special.MatchString(n.Value):
 		n.Style = 0
 	}
 	for _, c := range n.Content {
 		plain(c)
 	}
 }
+
+var (
+	word    = regexp.MustCompile(`^[A-Za-z]([A-Za-z0-9_.@/+:-]*[A-Za-z0-9_])?$`)
+	special = regexp.MustCompile(`(?i)^(y|n|yes|no|on|off|true|false|null)$`)
+)
 
 // confirm asks a person before something is destroyed. Without a terminal, or
 // with --force, nobody is asked.

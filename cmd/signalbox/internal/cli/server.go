@@ -17,19 +17,21 @@ func serverFlags(cmd *cobra.Command, o *config.Overrides) {
 	cmd.Flags().BoolVar(&o.AllowPlainHTTP, "allow-plain-http", false, "accept an http:// URL whose host is neither localhost nor private")
 }
 
-func (m *program) loadServer(o config.Overrides) (*config.Config, error) {
+// loadServer reads and checks the configuration; followed is for
+// config.CheckFiles.
+func (m *program) loadServer(o config.Overrides, followed bool) (*config.Config, error) {
 	o.DataDir = m.dataDir
 	cfg, err := config.Load(config.Find(m.configPath, m.Vars), m.Vars, o)
 	if err != nil {
 		return cfg, err
 	}
-	return cfg, cfg.CheckFiles()
+	return cfg, cfg.CheckFiles(followed)
 }
 
 func (m *program) serveCmd() *cobra.Command {
 	var o config.Overrides
 	cmd := m.verb("serve", "Run the server", 0, func(cmd *cobra.Command, _ []string) error {
-		cfg, err := m.loadServer(o)
+		cfg, err := m.loadServer(o, false)
 		if err != nil {
 			return configError(err)
 		}
@@ -45,7 +47,7 @@ joins. With --url http://HOST:PORT other machines can join as well.`
 func (m *program) configtestCmd() *cobra.Command {
 	var o config.Overrides
 	cmd := m.verb("configtest", "Check the configuration without starting the server", 0, func(*cobra.Command, []string) error {
-		cfg, err := m.loadServer(o)
+		cfg, err := m.loadServer(o, true)
 		var problems config.Problems
 		if err != nil && !errors.As(err, &problems) {
 			return err

@@ -33,9 +33,10 @@ func Find(named string, env []string) string {
 }
 
 // CheckFiles looks at the files that the configuration names: those that are
-// needed have to be there, and secrets must not be readable by everybody. The
-// error is a Problems.
-func (c *Config) CheckFiles() error {
+// needed have to be there, and secrets must not be readable by everybody. With
+// followed it insists on the files as well that a server waits for while it
+// runs: policy, DNS records, relays. The error is a Problems.
+func (c *Config) CheckFiles(followed bool) error {
 	l := &loader{cfg: c}
 	for _, f := range []struct {
 		key, path        string
@@ -46,13 +47,13 @@ func (c *Config) CheckFiles() error {
 		{"tls_cert_path", c.TLS.CertPath, true, false},
 		{"tls_key_path", c.TLS.KeyPath, true, true},
 		{"secrets.key_file", c.Secrets.KeyFile, true, true},
-		{"policy.path", c.Policy.Path, true, false},
-		{"dns.extra_records_path", c.DNS.ExtraRecordsPath, true, false},
+		{"policy.path", c.Policy.Path, followed, false},
+		{"dns.extra_records_path", c.DNS.ExtraRecordsPath, followed, false},
 	} {
 		l.checkFile(f.key, f.path, f.needed, f.isSecret)
 	}
 	for _, p := range c.DERP.Paths {
-		l.checkFile("derp.paths", p, true, false)
+		l.checkFile("derp.paths", p, followed, false)
 	}
 	if len(l.problems) == 0 && c.TLS.CertPath != "" {
 		if _, err := tls.LoadX509KeyPair(c.TLS.CertPath, c.TLS.KeyPath); err != nil {

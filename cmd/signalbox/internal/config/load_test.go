@@ -58,6 +58,7 @@ func TestProblemsNamePlaceKeyAndRemedy(t *testing.T) {
 		"ephemeral":     {"node:\n  ephemeral:\n    inactivity_timeout: 65s\n", nil, Overrides{}, []string{"config.yaml:3:5: node.ephemeral.inactivity_timeout: want more than 65s, got 1m5s"}},
 		"half a pair":   {"server_url: https://a.example\ntls_cert_path: c.pem\n", nil, Overrides{}, []string{"config.yaml:2:1: tls_cert_path: needs tls_key_path"}},
 		"two certs":     {"server_url: https://a.example\ntls_cert_path: c\ntls_key_path: k\ntls_letsencrypt_hostname: a.example\n", nil, Overrides{}, []string{"config.yaml:4:1: tls_letsencrypt_hostname: contradicts tls_cert_path"}},
+		"other cert":    {"server_url: https://a.example\ntls_letsencrypt_hostname: b.example\n", nil, Overrides{}, []string{"config.yaml:2:1: tls_letsencrypt_hostname: is b.example, but clients come to a.example (server_url)"}},
 		"http with TLS": {"tls_cert_path: c\ntls_key_path: k\n", nil, Overrides{}, []string{"server_url: is http, but a certificate is configured"}},
 		"file mode":     {"policy:\n  mode: file\n", nil, Overrides{}, []string{"config.yaml:2:3: policy.mode: file needs policy.path"}},
 		"idle file":     {"policy:\n  mode: database\n  path: p.hujson\n", nil, Overrides{}, []string{"config.yaml:3:3: policy.path: contradicts policy.mode database"}},
@@ -287,7 +288,7 @@ func TestSecretFilesHaveToBePrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = c.CheckFiles()
+	err = c.CheckFiles(true)
 	var got Problems
 	if !errors.As(err, &got) || len(got) != 2 {
 		t.Fatalf("CheckFiles = %v, want two problems", err)
@@ -297,5 +298,8 @@ func TestSecretFilesHaveToBePrivate(t *testing.T) {
 	}
 	if !strings.Contains(got[1].String(), "derp.paths: "+dir+"/regions.yaml: no such file") {
 		t.Errorf("got %s", got[1])
+	}
+	if err := c.CheckFiles(false); !errors.As(err, &got) || len(got) != 1 || got[0].Key != "noise.private_key_path" {
+		t.Errorf("CheckFiles for a start = %v, want the key only", err)
 	}
 }

@@ -101,6 +101,10 @@ func (l *loader) validateListeners(u *url.URL) {
 			}
 		}
 	}
+	// Behind an https URL there may be a proxy on this machine.
+	if h, _, err := net.SplitHostPort(l.cfg.ListenAddr); err == nil && u != nil && u.Scheme == "http" && isLoopback(h) && !isLoopback(u.Hostname()) {
+		l.warn("listen_addr", "the server listens on %s only, where clients of %s cannot reach it", l.cfg.ListenAddr, l.cfg.ServerURL)
+	}
 	l.publicMetrics()
 }
 
@@ -172,6 +176,9 @@ func (l *loader) validateTLS(u *url.URL) {
 	tls := files || t.LetsEncryptHostname != ""
 	if u.Scheme == "http" && tls {
 		l.fault("server_url", "is http, but a certificate is configured (tls_*): clients would not get through")
+	}
+	if h := t.LetsEncryptHostname; h != "" && !strings.EqualFold(h, u.Hostname()) {
+		l.fault("tls_letsencrypt_hostname", "is %s, but clients come to %s (server_url)", h, u.Hostname())
 	}
 	if u.Scheme == "https" && !tls {
 		if l.o.URL != "" {
