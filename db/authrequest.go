@@ -8,12 +8,8 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// Bounds of pending logins.
-const (
-	maxAuthRequests          = 10_000
-	maxAuthRequestsPerSource = 1_024
-	authRequestLife          = 15 * time.Minute
-)
+// authRequestLife is how long a login waits for a person.
+const authRequestLife = 15 * time.Minute
 
 type authRequestRow struct {
 	ID         int64 `gorm:"primaryKey"`
@@ -92,8 +88,8 @@ func (r *Reader) AuthRequests() ([]*AuthRequest, error) {
 // CreateAuthRequest adds an auth request and sets a.ID, a.Tailnet and, when
 // they are empty, a.State, a.Created and a.Expires.
 //
-// Strangers can make any number, so there is room for 10,000, 1,024 of them
-// from one source and one login for each machine key: a newer one replaces it.
+// Strangers can make any number, so Config bounds them, in all and from one
+// source, and each machine key has one login: a newer one replaces it.
 // When there is no room, the youngest one goes that nobody has opened or
 // follows, of the same source or else of the source that has most. ErrLimit
 // when there is none.
@@ -126,11 +122,12 @@ func (tx *Tx) createAuthRequest(row *authRequestRow) error {
 			return err
 		}
 	}
+	maxAll, maxMine := tx.conn.store.c.MaxAuthRequests, tx.conn.store.c.MaxAuthRequestsPerSource
 	mine, all, err := tx.countAuthRequests(row.Source)
 	if err != nil {
 		return err
 	}
-	if mine >= maxAuthRequestsPerSource || all >= maxAuthRequests {
+	if mine >= maxMine || all >= maxAll {
 		if _, err := tx.SweepAuthRequests(); err != nil {
 			return err
 		}
@@ -139,9 +136,9 @@ func (tx *Tx) createAuthRequest(row *authRequestRow) error {
 		}
 	}
 	switch {
-	case mine >= maxAuthRequestsPerSource:
+	case mine >= maxMine:
 		err = tx.evictAuthRequest(row.Source)
-	case all >= maxAuthRequests:
+	case all >= maxAll:
 		err = tx.evictFromLargest()
 	}
 	if err != nil {

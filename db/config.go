@@ -32,8 +32,14 @@ type Config struct {
 	// WriteTimeout bounds an Update, queueing included; 9 s when zero.
 	WriteTimeout time.Duration
 
-	// Retention bounds the change log; a follower that is further behind loads
-	// everything. 100,000 revisions and one hour when zero.
+	// MaxAuthRequests bounds the logins that wait for a person, in all and from
+	// one source; 10,000 and 1,024 when zero.
+	MaxAuthRequests          int
+	MaxAuthRequestsPerSource int
+
+	// RetainRevisions and RetainFor bound the change log, whichever is less; a
+	// follower that is further behind loads everything. 100,000 and one hour
+	// when zero.
 	RetainRevisions int64
 	RetainFor       time.Duration
 }
@@ -53,6 +59,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.WriteTimeout == 0 {
 		c.WriteTimeout = 9 * time.Second
+	}
+	if c.MaxAuthRequests == 0 {
+		c.MaxAuthRequests = 10_000
+	}
+	if c.MaxAuthRequestsPerSource == 0 {
+		c.MaxAuthRequestsPerSource = 1_024
 	}
 	if c.RetainRevisions == 0 {
 		c.RetainRevisions = 100_000

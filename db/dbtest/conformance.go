@@ -118,7 +118,7 @@ func newFixture(t *testing.T, open Open) *fixture {
 	t.Helper()
 	clock := NewClock()
 	f := &fixture{t: t, clock: clock, user: &db.User{Name: "anna", Role: "admin"}}
-	f.Store = open(t, db.Config{Now: clock.Now, RetainRevisions: 50})
+	f.Store = open(t, db.Config{Now: clock.Now, RetainRevisions: 50, MaxAuthRequests: 100, MaxAuthRequestsPerSource: 20})
 	t.Cleanup(func() {
 		if err := f.Close(); err != nil {
 			t.Error("close:", err)
