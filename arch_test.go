@@ -26,6 +26,7 @@ var allowed = map[string][]string{
 	"control/netmap":      {"control/tailnet", "acl"},                                                              // bytes from snapshots: never rows
 	"control/register":    {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},    // one of the protocol's parts
 	"control/poll":        {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},    // another
+	"control/sshaction":   {"control/tailnet", "control/noise", "control/register", "acl", "db"},                   // answers by the policy and the rows
 	"control/controltest": {"control", "acl", "db"},                                                                // for tests
 	"control":             {"control", "acl", "db"},                                                                // joins them
 	"web":                 {"web", "control", "control/tailnet", "control/register", "control/limit", "acl", "db"}, // parse, one call, render

@@ -26,6 +26,7 @@ import (
 	"github.com/signalbox-net/signalbox/control/noise"
 	"github.com/signalbox-net/signalbox/control/poll"
 	"github.com/signalbox-net/signalbox/control/register"
+	"github.com/signalbox-net/signalbox/control/sshaction"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
@@ -57,6 +58,8 @@ type Config struct {
 	// ReturnGrace is how long after a start, or after another server's last sign of life, nodes that had their stream there stay online;
 	// 0 means 90 s.
 	ReturnGrace time.Duration
+
+	KeepAlive, Grace, Stall time.Duration // see poll.Config
 }
 
 // A Server is the control server.
@@ -66,6 +69,7 @@ type Server struct {
 	Noise    *noise.Server
 	Poll     *poll.Server
 	Register *register.Registrar
+	ssh      *sshaction.Server
 	reports  *limit.Table // audit records of clients
 	started  time.Time
 }
@@ -82,10 +86,13 @@ func New(cfg Config) (*Server, error) {
 		cfg.ReturnGrace = 90 * time.Second
 	}
 	s := &Server{cfg: cfg, log: cfg.Log, reports: limit.New(1, 60), started: cfg.Now()}
-	s.Poll = poll.New(poll.Config{Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Log: cfg.Log, Now: cfg.Now})
+	s.Poll = poll.New(poll.Config{Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Log: cfg.Log, Now: cfg.Now, KeepAlive: cfg.KeepAlive, Grace: cfg.Grace, Stall: cfg.Stall})
 	s.Register = register.New(register.Config{
 		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, ServerURL: cfg.ServerURL, IDKey: cfg.IDKey, Pools: cfg.Pools,
 		NodeExpiry: cfg.NodeExpiry, Reserved: cfg.Reserved, Log: cfg.Log, Now: cfg.Now,
+	})
+	s.ssh = sshaction.New(sshaction.Config{
+		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Registrar: s.Register, ServerURL: cfg.ServerURL, Log: cfg.Log, Now: cfg.Now,
 	})
 	var err error
 	s.Noise, err = noise.New(noise.Config{
@@ -117,6 +124,7 @@ func (s *Server) inside() http.Handler {
 		r.Post("/machine/update-health", s.health)
 		r.Post("/machine/audit-log", s.auditLog)
 		r.Post("/machine/feature/query", s.feature)
+		s.ssh.Routes(r)
 	})
 	return r
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/base32"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -23,8 +24,11 @@ const LoginTTL = 15 * time.Minute
 // crockford is Crockford's base 32: no I, L, O and U, so that a code survives being read aloud.
 var crockford = base32.NewEncoding("0123456789ABCDEFGHJKMNPQRSTVWXYZ").WithPadding(base32.NoPadding)
 
-// idBytes of a login's id are written as 32 characters.
-const idBytes = 20
+// IDBytes of an id are written as 32 characters.
+const IDBytes = 20
+
+// EncodeID writes an id as people see it.
+func EncodeID(b [IDBytes]byte) string { return crockford.EncodeToString(b[:]) }
 
 // loginID is the id of a pending login. It is not stored: it is made again from the row and the server's secret, so that a client that asks
 // twice is shown the same address, and a reader of the database cannot approve a login.
@@ -35,7 +39,7 @@ func (r *Registrar) loginID(a *db.AuthRequest) string {
 	var when [8]byte
 	binary.BigEndian.PutUint64(when[:], uint64(a.Created.UnixMicro()))
 	mac.Write(when[:])
-	return crockford.EncodeToString(mac.Sum(nil)[:idBytes])
+	return crockford.EncodeToString(mac.Sum(nil)[:IDBytes])
 }
 
 // ParseID takes an id as people paste it: alone, in lower case, or as the end of the address. The second result tells whether it can be one.
@@ -46,7 +50,7 @@ func ParseID(s string) (string, bool) {
 	}
 	s = strings.ToUpper(s)
 	b, err := crockford.DecodeString(s)
-	return s, err == nil && len(b) == idBytes
+	return s, err == nil && len(b) == IDBytes
 }
 
 // HashID is how an id is stored and found.
@@ -105,7 +109,7 @@ func (a *attempt) followUp(ctx context.Context) (*tailcfg.RegisterResponse, erro
 	if row.MachineKey != a.machine || row.NodeKey != a.req.NodeKey || row.Kind != db.AuthRequestRegister {
 		return nil, errOther
 	}
-	wake, stop := a.watch(row.ID)
+	wake, stop := a.Watch(row.ID)
 	defer stop()
 	if row.State == db.AuthRequestPending && !row.Followed {
 		a.follow(ctx, row.ID, true)
@@ -194,8 +198,8 @@ func (r *Registrar) follow(ctx context.Context, id int64, waits bool) {
 	}
 }
 
-// watch returns a channel with one slot that is filled when the auth request moves.
-func (r *Registrar) watch(id int64) (<-chan struct{}, func()) {
+// Watch returns a channel with one slot that is filled when the auth request moves.
+func (r *Registrar) Watch(id int64) (<-chan struct{}, func()) {
 	ch := make(chan struct{}, 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -323,6 +327,16 @@ func (r *Registrar) Confirm(ctx context.Context, actor db.Actor, authID string) 
 			return ErrNeedsUser
 		}
 		row.State = db.AuthRequestApproved
+		// An approval lasts as long as the policy's check period; one that is for this connection only still has to be fetched.
+		var d struct {
+			Seconds int64 `json:"checkPeriodSeconds"`
+		}
+		if err := json.Unmarshal(row.Detail, &d); err != nil {
+			return fmt.Errorf("stored check: %w", err)
+		}
+		if d.Seconds > 0 {
+			row.Expires = tx.Now().Add(time.Duration(d.Seconds) * time.Second)
+		}
 		if err := tx.PutAuthRequest(row); err != nil {
 			return err
 		}
