@@ -32,7 +32,7 @@ func (s *server) storeSettings(ctx context.Context) error {
 		},
 		tailnet.SettingOptions: tailnet.Options{
 			Domains: s.cfg.Policy.Domains, Taildrop: s.cfg.Taildrop.Enabled, LogTail: s.cfg.LogTail.Enabled, AutoUpdate: s.cfg.AutoUpdate.Enabled,
-			ControlURL: s.cfg.ServerURL,
+			ControlURL: noiseURL(s.cfg.ServerURL),
 		},
 		tailnet.SettingDERPMap: regions,
 	}
@@ -148,3 +148,13 @@ func machineAddrs() []netip.Addr {
 }
 
 func hostPort(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
+
+// noiseURL is the base of addresses that clients fetch over Noise. Clients reuse their connection only for the authority that they logged in
+// to, and always take such addresses for https.
+func noiseURL(serverURL string) string {
+	u, err := url.Parse(serverURL)
+	if err != nil {
+		return serverURL
+	}
+	return "https://" + u.Host
+}
