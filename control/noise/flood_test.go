@@ -20,6 +20,11 @@ func TestControlFrameFloodClosesTheConnection(t *testing.T) {
 	for name, write := range map[string]func(*http2.Framer, uint32) error{
 		"ping":     func(f *http2.Framer, _ uint32) error { return f.WritePing(false, [8]byte{}) },
 		"settings": func(f *http2.Framer, _ uint32) error { return f.WriteSettings() },
+		"rapid reset": func(f *http2.Framer, i uint32) error {
+			// :method GET, :scheme https, :path / from HPACK's static table.
+			f.WriteHeaders(http2.HeadersFrameParam{StreamID: i*2 + 1, BlockFragment: []byte{0x82, 0x87, 0x84}, EndStream: true, EndHeaders: true})
+			return f.WriteRSTStream(i*2+1, http2.ErrCodeCancel)
+		},
 		"priority": func(f *http2.Framer, i uint32) error { return f.WritePriority(i*2+1, http2.PriorityParam{}) },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -43,7 +43,7 @@ const maxRefusing = 64
 // its machine key allow it.
 func (c *session) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	known := c.s.cfg.Known(c.peer.Machine)
-	c.setKnown(known)
+	c.setKnown(known, true)
 	if !known && !c.enter() {
 		c.refuse(w, r)
 		return

@@ -40,7 +40,7 @@ type session struct {
 // serve runs HTTP/2 until the connection ends.
 func (c *session) serve() {
 	defer c.end()
-	c.setKnown(c.s.cfg.Known(c.peer.Machine))
+	c.setKnown(c.s.cfg.Known(c.peer.Machine), false)
 	c.s.h2.serve(WithPeer(c.s.base, c.peer), (*conn)(c), c)
 }
 
@@ -57,7 +57,9 @@ func (c *session) close() { c.nc.Close() }
 
 // setKnown moves the connection between the limits for strangers and those
 // for nodes. A key may get its node, or lose it, while the connection lasts.
-func (c *session) setKnown(known bool) {
+// The connection is a node's only once it has asked something: until then it
+// may be a replay.
+func (c *session) setKnown(known, asked bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -65,7 +67,7 @@ func (c *session) setKnown(known bool) {
 	}
 	if known {
 		c.stopTimers()
-		if c.identify != nil {
+		if asked && c.identify != nil {
 			c.identify()
 			c.identify = nil
 		}
@@ -90,7 +92,7 @@ func (c *session) stopTimers() {
 // expire ends the connection unless its key got a node in the meantime.
 func (c *session) expire() {
 	if c.s.cfg.Known(c.peer.Machine) {
-		c.setKnown(true)
+		c.setKnown(true, false)
 		return
 	}
 	c.close()
