@@ -55,6 +55,7 @@ type fleet struct {
 
 type fleetConfig struct {
 	nodes, sample int
+	sources       int // loopback addresses that the clients come from
 	scenario      *scenario
 	addr          string
 	serverKey     key.MachinePublic
@@ -85,9 +86,8 @@ func newFleet(ctx context.Context, c fleetConfig) *fleet {
 			machine:  key.NewMachine(), node: key.NewNode(), disco: key.NewDisco(),
 			resume: make(chan struct{}, 1),
 		}
-		// A loopback address has some 28,000 ports to connect from.
-		if group := i / 20000; group > 0 {
-			cl.local = &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(1+group))}
+		if host := i % c.sources; host > 0 {
+			cl.local = &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(1+host))}
 		}
 		cl.fact.Store(&fact{
 			version: f.facts.Add(1), key: cl.node.Public(), disco: cl.disco.Public(),

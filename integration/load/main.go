@@ -33,6 +33,7 @@ import (
 
 type options struct {
 	nodes, sample, hold, window   int
+	sources                       int
 	scenario, phases, name        string
 	binary, dir, config           string
 	serverURL, key, apiKey        string
@@ -70,6 +71,7 @@ func parseFlags() *options {
 	flag.IntVar(&o.sample, "sample", 0, "decode and check only the maps of this many clients (0 = all); the others read small messages only")
 	flag.IntVar(&o.hold, "hold", 0, "short for --nodes N --sample 50 --phases join,change,steady")
 	flag.IntVar(&o.window, "window", 0, "joins under way at once (0 = 32, and 128 from 2000 nodes on)")
+	flag.IntVar(&o.sources, "sources", 1, "loopback addresses to connect from, 127.0.0.1 and up; each has some 28,000 ports")
 	flag.StringVar(&o.scenario, "scenario", "allow-all", "policy: allow-all, acls (60 rules, 20 groups, 30 tags) or self (autogroup:self, 20 users)")
 	flag.StringVar(&o.phases, "phases", "join,change,burst,presence,policy,steady,restart", "phases to run after join")
 	flag.StringVar(&o.name, "name", "", "name of the run in the tables")
@@ -114,6 +116,11 @@ func (o *options) normalise() error {
 		if o.nodes >= 2000 {
 			o.window = 128
 		}
+	}
+	// Leave room for ports that connections of a killed server still occupy.
+	o.sources = max(o.sources, (o.nodes+19999)/20000)
+	if o.sources > 250 {
+		return fmt.Errorf("%d source addresses: want at most 250", o.sources)
 	}
 	if o.name == "" {
 		o.name = fmt.Sprintf("%s %d", o.scenario, o.nodes)
@@ -233,7 +240,7 @@ func (o *options) begin(ctx context.Context, s *server, sc *scenario) (*run, err
 		},
 	}
 	r.fleet = newFleet(ctx, fleetConfig{
-		nodes: o.nodes, sample: o.sample, scenario: sc, addr: s.addr, serverKey: serverKey, keys: keys, derp: o.derp,
+		nodes: o.nodes, sample: o.sample, sources: o.sources, scenario: sc, addr: s.addr, serverKey: serverKey, keys: keys, derp: o.derp,
 		prefix: fmt.Sprintf("l%x-", time.Now().Unix()&0xffff),
 	})
 	for _, row := range r.fleet.sees {
