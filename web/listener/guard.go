@@ -43,6 +43,7 @@ type Guard struct {
 	cfg    GuardConfig
 	places chan struct{} // one element for each connection and waiting accept
 	open   atomic.Int64
+	closed atomic.Int64
 
 	// mu guards the following fields.
 	mu      sync.Mutex
@@ -93,6 +94,10 @@ func MaxConnections() int {
 
 // Open is the number of connections, served or waiting.
 func (g *Guard) Open() int { return int(g.open.Load()) }
+
+// Closed is how many connections have been closed to make room for another of
+// their source, or because too many of it waited.
+func (g *Guard) Closed() int64 { return g.closed.Load() }
 
 // Strangers is the number of connections of a source without an identity.
 func (g *Guard) Strangers(a netip.Addr) int {
@@ -236,6 +241,7 @@ func (g *Guard) arrive(c *Conn) bool {
 	if s.waiting.Len() >= g.cfg.Waiting {
 		c.in = nil
 		g.mu.Unlock()
+		g.closed.Add(1)
 		c.Close()
 		return false
 	}
@@ -243,9 +249,7 @@ func (g *Guard) arrive(c *Conn) bool {
 	c.elem = s.waiting.PushBack(c)
 	oldest := g.makeRoom(s)
 	g.mu.Unlock()
-	if oldest != nil {
-		oldest.Close() // lets a waiting one in
-	}
+	g.makeWay(oldest)
 	return false
 }
 
@@ -272,8 +276,14 @@ func (g *Guard) retry(s *source) {
 	s.timer = nil
 	oldest := g.makeRoom(s)
 	g.mu.Unlock()
-	if oldest != nil {
-		oldest.Close()
+	g.makeWay(oldest)
+}
+
+// makeWay closes a connection, which lets a waiting one in.
+func (g *Guard) makeWay(c *Conn) {
+	if c != nil {
+		g.closed.Add(1)
+		c.Close()
 	}
 }
 
@@ -309,7 +319,7 @@ func (g *Guard) leave(c *Conn) {
 		go next.l.deliver(next, nil)
 	}
 	if oldest != nil {
-		go oldest.Close()
+		go g.makeWay(oldest)
 	}
 }
 

@@ -53,6 +53,9 @@ func TestOldestStrangerMakesRoom(t *testing.T) {
 		t.Errorf("the fourth was served after %v, within the grace of the others", d)
 	}
 	untilClosed(t, conns[0])
+	if n := g.Closed(); n != 1 {
+		t.Errorf("%d connections closed to make room, want 1", n)
+	}
 	for i, c := range conns[1:] {
 		if err := request(t, c, "/"); err != nil {
 			t.Errorf("connection %d was closed too: %v", i+2, err)

@@ -1,6 +1,8 @@
 package listener
 
 import (
+	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -60,6 +62,34 @@ func TestClientAddrHasAPortOnlyWithoutProxy(t *testing.T) {
 	r.Header.Set("X-Forwarded-For", "198.51.100.9")
 	if got := ClientAddr(withOrigin(r, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})); got != netip.MustParseAddrPort("198.51.100.9:0") {
 		t.Errorf("through a proxy: %v", got)
+	}
+}
+
+func TestSpoofedHeadersOverTheWire(t *testing.T) {
+	tell := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, ClientIP(r), " ", Scheme(r))
+	})
+	for _, tt := range []struct {
+		trusted []netip.Prefix
+		want    string
+	}{
+		{nil, "127.0.0.1 http"},
+		{[]netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}, "127.0.0.1 http"},
+		{[]netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, "198.51.100.9 https"},
+	} {
+		_, addr := start(t, Config{Handler: tell, TrustedProxies: tt.trusted})
+		req, _ := http.NewRequest("GET", "http://"+addr, nil)
+		req.Header.Set("X-Forwarded-For", "127.0.0.1, 198.51.100.9")
+		req.Header.Set("X-Forwarded-Proto", "https")
+		req.Header.Set("X-Real-IP", "203.0.113.1")
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, _ := io.ReadAll(res.Body); string(b) != tt.want {
+			t.Errorf("trusted %v: got %q, want %q", tt.trusted, b, tt.want)
+		}
+		res.Body.Close()
 	}
 }
 

@@ -84,6 +84,9 @@ func (f *CertFiles) reload() error {
 	}
 	f.cert, f.key, f.failed = cert, key, ""
 	f.cur.Store(&pair)
+	if time.Now().After(pair.Leaf.NotAfter) {
+		f.log.Warn("the certificate has expired", "file", f.certPath, "expired", pair.Leaf.NotAfter)
+	}
 	f.log.Info("certificate loaded", "file", f.certPath, "names", pair.Leaf.DNSNames, "expires", pair.Leaf.NotAfter)
 	return nil
 }
