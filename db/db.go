@@ -128,6 +128,11 @@ func (s *Store) view(ctx context.Context, tailnet TailnetID, fn func(*Reader) er
 		opts.Isolation = sql.LevelRepeatableRead
 	}
 	tx, err := s.read.BeginTx(ctx, opts)
+	for try := 0; err != nil && try < maxReaders && staleConnection(ctx, err); try++ {
+		// An idle connection that the server has ended meanwhile: nothing was
+		// read yet, so another one will do.
+		tx, err = s.read.BeginTx(ctx, opts)
+	}
 	if err != nil {
 		return s.fail(ctx, fmt.Errorf("begin read: %w", err))
 	}

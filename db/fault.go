@@ -76,6 +76,18 @@ func connectionLost(err error) bool {
 		errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "conn closed")
 }
 
+// staleConnection is the failure of a connection that was made before, as
+// opposed to one that cannot be made.
+func staleConnection(ctx context.Context, err error) bool {
+	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok || ctx.Err() != nil {
+		return false
+	}
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return strings.HasPrefix(e.Code, "57P")
+	}
+	return connectionLost(err)
+}
+
 func sqliteError(e *gosqlite.Error) (*storageFault, error) {
 	switch e.Code() {
 	case sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:

@@ -1,0 +1,217 @@
+package db_test
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/signalbox-net/signalbox/db"
+	"github.com/signalbox-net/signalbox/db/dbtest"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+)
+
+var pools = db.Pools{IPv4: netip.MustParsePrefix("100.64.0.0/10"), IPv6: netip.MustParsePrefix("fd7a:115c:a1e0::/48")}
+
+func TestMigrationsMatch(t *testing.T) {
+	sqlite, err := db.Migrations("sqlite")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pg, err := db.Migrations("postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(sqlite, pg) {
+		t.Errorf("the dialects have different migrations: %v and %v", sqlite, pg)
+	}
+}
+
+// A program starts on a newer schema if that admits it, and not otherwise.
+func TestMinReader(t *testing.T) {
+	path := sqliteFile(t)
+	closedFile(t, path, 1)
+	set := func(query string) {
+		t.Helper()
+		s := newSite(t, path, db.Config{})
+		if err := errors.Join(s.ExecOnWriter(query), s.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(`UPDATE "schema" SET version = 99`)
+	s := newSite(t, path, db.Config{})
+	if version, minReader, err := s.SchemaVersion(t.Context()); version != 99 || minReader != 1 || err != nil {
+		t.Errorf("schema %d, min_reader %d, %v; want 99 untouched", version, minReader, err)
+	}
+	if n := s.nodes(t); n != 1 {
+		t.Errorf("%d nodes, want 1", n)
+	}
+	s.Close()
+	set(`UPDATE "schema" SET min_reader = 98`)
+	if s, err := db.Open(t.Context(), db.Config{Path: path}); err == nil {
+		s.Close()
+		t.Error("a schema that needs a newer program was opened")
+	} else if !strings.Contains(err.Error(), "needs a program with schema 98") {
+		t.Error(err)
+	}
+}
+
+func TestSealedSecrets(t *testing.T) {
+	path := sqliteFile(t)
+	seal := db.Config{SecretsKey: []byte("0123456789abcdef0123456789abcdef")}
+	s := newSite(t, path, seal)
+	put := func(name, value string) string {
+		t.Helper()
+		var stored []byte
+		_, err := s.Update(t.Context(), s.tailnet, admin, func(tx *db.Tx) (err error) {
+			stored, err = tx.PutSecretIfAbsent(name, []byte(value))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(stored)
+	}
+	if got := put("noise", "privkey:1"); got != "privkey:1" {
+		t.Errorf("stored %q", got)
+	}
+	put("mesh", "mesh-key")
+	read := func() (value string, err error) {
+		err = s.View(t.Context(), func(r *db.Reader) error {
+			v, err := r.Secret("noise")
+			value = string(v)
+			return err
+		})
+		return value, err
+	}
+	if got, err := read(); got != "privkey:1" || err != nil {
+		t.Errorf("read %q, %v", got, err)
+	}
+	var inClear int
+	if err := raw(t, path).QueryRow("SELECT count(*) FROM secrets WHERE instr(value, 'privkey') > 0 OR NOT sealed").Scan(&inClear); err != nil || inClear != 0 {
+		t.Errorf("%d secrets are in clear, %v", inClear, err)
+	}
+	for what, wrong := range map[string]db.Config{
+		"without the key": {}, "under another key": {SecretsKey: make([]byte, 32)},
+	} {
+		s.Close()
+		s = newSite(t, path, wrong)
+		if got, err := read(); err == nil {
+			t.Errorf("%s: read %q", what, got)
+		}
+	}
+	// A row's name is sealed with it: exchanged rows do not open.
+	s.Close()
+	s = newSite(t, path, seal)
+	if err := s.ExecOnWriter("UPDATE secrets SET value = (SELECT value FROM secrets WHERE name = 'mesh') WHERE name = 'noise'"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := read(); err == nil {
+		t.Errorf("another secret's value opened as %q", got)
+	}
+	if _, err := db.Open(t.Context(), db.Config{Path: sqliteFile(t), SecretsKey: []byte("short")}); err == nil {
+		t.Error("a short secrets key was accepted")
+	}
+}
+
+func TestParseKeyRefusesWhatIsNotAKey(t *testing.T) {
+	secret, keyID, _ := db.NewKey(db.KeyAuth)
+	if strings.Count(secret, "-") != 3 || !strings.HasPrefix(secret, "tskey-auth-"+keyID+"-") || len(keyID) != 16 {
+		t.Errorf("key %q with id %q", secret, keyID)
+	}
+	flip := func(i int) string {
+		b := []byte(secret)
+		if b[i] == 'x' {
+			b[i] = 'y'
+		} else {
+			b[i] = 'x'
+		}
+		return string(b)
+	}
+	bad := []string{"", "tskey", "tskey-auth-", secret[:len(secret)-1], secret + "0", strings.Replace(secret, "auth", "client", 1),
+		strings.Replace(secret, "tskey-auth-k", "tskey-auth-x", 1), secret + "--TL", strings.Repeat("tskey-auth-", 1000)}
+	for i := range secret {
+		bad = append(bad, flip(i))
+	}
+	for _, s := range bad {
+		if _, _, _, err := db.ParseKey(s); err != db.ErrKeyShape {
+			t.Errorf("ParseKey(%q): %v, want ErrKeyShape", s, err)
+		}
+	}
+}
+
+// Operations on the paths that every client takes must not grow statements
+// with the tailnet or with later edits.
+func TestStatementsPerOperation(t *testing.T) {
+	store := openSQLite(t, db.Config{Path: sqliteFile(t)})
+	defer store.Close()
+	var mu sync.Mutex
+	var seen []string
+	store.OnStatement(func(q string) { mu.Lock(); defer mu.Unlock(); seen = append(seen, q) })
+	s := &site{Store: store, user: &db.User{Name: "anna"}}
+	var err error
+	s.tailnet, _, err = store.Bootstrap(t.Context(), "default", func(tx *db.Tx) error { return tx.CreateUser(s.user) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, keyID, hash := db.NewKey(db.KeyAuth)
+	node := dbtest.NewNode(s.user)
+	update := func(fn func(*db.Tx) error) func() error {
+		return func() error { _, err := store.Update(t.Context(), s.tailnet, admin, fn); return err }
+	}
+	for _, op := range []struct {
+		what string
+		want int // COMMIT goes past gorm and is not counted
+		do   func() error
+	}{
+		// begin, lock, insert | change row, revision
+		{"create an auth key", 5, update(func(tx *db.Tx) error {
+			return tx.CreateAuthKey(&db.AuthKey{KeyID: keyID, Hash: hash, User: s.user.ID})
+		})},
+		// begin, lock | key, use, count, use | newest, IPv4, IPv6 | name | node, state | audit, changes, revision
+		{"register a node by key", 15, update(func(tx *db.Tx) error {
+			if _, err := tx.RedeemAuthKey(keyID, hash, node.MachineKey); err != nil {
+				return err
+			}
+			if err := dbtest.Register(tx, node, pools, "laptop"); err != nil {
+				return err
+			}
+			return tx.Audit("node.create", "laptop", nil, nil)
+		})},
+		// begin, lock | existing ids, upsert | changes, revision
+		{"report a node's state", 6, update(func(tx *db.Tx) error {
+			return tx.PutNodeStates(map[tailcfg.NodeID]db.NodeState{node.ID: {DiscoKey: key.NewDisco().Public()}})
+		})},
+		// revision, changes, nodes, auth keys are not loaded
+		{"follow", 3, func() error { _, err := store.Follow(t.Context(), s.tailnet, 1); return err }},
+		{"follow when nothing moved", 1, func() error { _, err := store.Follow(t.Context(), s.tailnet, 4); return err }},
+		{"load", 6, func() error { _, err := store.Load(t.Context(), s.tailnet); return err }},
+	} {
+		seen = nil
+		if err := op.do(); err != nil {
+			t.Fatalf("%s: %v", op.what, err)
+		}
+		if len(seen) != op.want {
+			t.Errorf("%s took %d statements, want %d:\n%s", op.what, len(seen), op.want, strings.Join(seen, "\n"))
+		}
+	}
+}
+
+func TestStoreAfterClose(t *testing.T) {
+	s := newSite(t, sqliteFile(t), db.Config{})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Errorf("closing twice: %v", err)
+	}
+	if err := s.register("late"); !errors.Is(err, db.ErrUnavailable) {
+		t.Errorf("a write after Close: %v, want ErrUnavailable", err)
+	}
+	if err := s.View(t.Context(), func(*db.Reader) error { return nil }); err == nil {
+		t.Error("a read after Close worked")
+	}
+}
