@@ -3,7 +3,6 @@ package listener
 import (
 	"crypto/tls"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -128,42 +127,6 @@ func TestSilentTLSHandshakeEnds(t *testing.T) {
 	_, addr := start(t, Config{TLS: certs.TLSConfig(), Handler: ok, Limits: Limits{ReadHeader: 200 * time.Millisecond}})
 	untilClosed(t, dial(t, addr))
 }
-
-// A certificate is ordered for the configured name only: an authority that
-// cannot be reached must not be asked because of what a stranger says.
-func TestACMEOrdersOnlyItsName(t *testing.T) {
-	asked := make(chan string, 10)
-	directory := http.Client{Transport: roundTripper(func(r *http.Request) (*http.Response, error) {
-		asked <- r.URL.String()
-		return nil, &net.DNSError{Err: "no such host"}
-	})}
-	a, err := NewACME(ACMEConfig{Hostname: "box.example", CacheDir: t.TempDir(), URL: "https://ca.test/dir", HTTP: &directory})
-	if err != nil {
-		t.Fatal(err)
-	}
-	hello := func(name string) error {
-		_, err := a.TLSConfig().GetCertificate(&tls.ClientHelloInfo{ServerName: name, SupportedProtos: []string{"h2"}})
-		return err
-	}
-	for _, name := range []string{"evil.example", "", "127.0.0.1", "box.example.evil.example"} {
-		if err := hello(name); err == nil {
-			t.Errorf("%q got a certificate", name)
-		}
-	}
-	if len(asked) > 0 {
-		t.Errorf("the authority was asked %s", <-asked)
-	}
-	if err := hello("box.example"); err == nil {
-		t.Error("a certificate without an authority")
-	}
-	if got := <-asked; got != "https://ca.test/dir" {
-		t.Errorf("asked %s", got)
-	}
-}
-
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 func TestACMEHandlerPassesOnTheRest(t *testing.T) {
 	a, err := NewACME(ACMEConfig{Hostname: "box.example", CacheDir: t.TempDir()})
