@@ -1,0 +1,349 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"tailscale.com/types/ipproto"
+
+	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/acl/tailnetfile"
+)
+
+// policyExplain answers why A reaches B or does not. It works on a tailnet
+// file; names are those of acl.Access.Endpoints.
+func (m *program) policyExplain() *cobra.Command {
+	var tailnet, path, proto, to string
+	cmd := m.verb("explain A [B[:PORT]]", "Say why A reaches B or does not, by a tailnet file", 0, func(_ *cobra.Command, args []string) error {
+		e, err := m.explainer(tailnet, path)
+		if err != nil {
+			return err
+		}
+		switch {
+		case to != "":
+			return e.whoReaches(to)
+		case len(args) == 1:
+			return e.reachableFrom(args[0])
+		}
+		return e.verdicts(args[0], args[1], proto)
+	})
+	cmd.Args = func(_ *cobra.Command, args []string) error {
+		if to != "" && len(args) > 0 || to == "" && (len(args) < 1 || len(args) > 2) {
+			return usagef("name A and B[:PORT], A alone, or --to B")
+		}
+		return nil
+	}
+	cmd.Long = `A and B are nodes (host name, id or address), hosts, services or addresses.
+With A alone it lists what A reaches, with --to B who reaches B. The policy is
+that of the tailnet file, or -f FILE. Without a port ICMP is asked for.`
+	cmd.Flags().StringVar(&tailnet, "tailnet", "", "tailnet file in JSON")
+	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
+	cmd.Flags().StringVar(&proto, "proto", "", "protocol: tcp, udp, icmp, a name or a number (default tcp with a port, else icmp)")
+	cmd.Flags().StringVar(&to, "to", "", "list who reaches this")
+	required(cmd, "tailnet")
+	return cmd
+}
+
+// An explainer has a compiled policy and the names for its answers.
+type explainer struct {
+	m      *program
+	t      *acl.Tailnet
+	access *acl.Access
+}
+
+func (m *program) explainer(tailnet, path string) (*explainer, error) {
+	doc, err := os.ReadFile(tailnet)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	f, err := tailnetfile.Parse(doc)
+	if err != nil {
+		return nil, usagef("%s: %w", tailnet, err)
+	}
+	t, err := f.Tailnet()
+	if err != nil {
+		return nil, usagef("%s: %w", tailnet, err)
+	}
+	text := []byte(f.Policy)
+	if path != "" {
+		if text, err = m.readPolicy(path); err != nil {
+			return nil, usageError{err}
+		}
+	} else if path = tailnet; f.Policy == "" {
+		return nil, usagef("%s holds no policy: name one with -f", tailnet)
+	}
+	p, err := acl.Parse(text)
+	var a *acl.Access
+	if err == nil {
+		a, err = acl.Compile(p, t)
+	}
+	var errs acl.Errors
+	if errors.As(err, &errs) {
+		r := &tailnetfile.Rejection{Error: errs.Message()}
+		for _, e := range errs {
+			r.Errors = append(r.Errors, tailnetfile.Fault(*e))
+		}
+		return nil, m.refusePolicy(path, text, r)
+	}
+	return &explainer{m, t, a}, err
+}
+
+func (e *explainer) name(slot int) string {
+	if slot < 0 {
+		return ""
+	}
+	if h := e.t.Nodes[slot].Hostname; h != "" {
+		return h
+	}
+	return fmt.Sprint("node ", e.t.Nodes[slot].ID)
+}
+
+func (e *explainer) endpoint(p acl.Endpoint) string {
+	if n := e.name(p.Slot); n != "" {
+		return n + " (" + p.Addr.String() + ")"
+	}
+	return p.Addr.String()
+}
+
+// destination splits B[:PORT].
+func destination(s string) (host string, port uint16, given bool, err error) {
+	if _, err := netip.ParseAddr(s); err == nil {
+		return s, 0, false, nil // an IPv6 address has colons of its own
+	}
+	if !strings.Contains(s, ":") {
+		return s, 0, false, nil
+	}
+	h, p, err := net.SplitHostPort(s)
+	if err != nil {
+		i := strings.LastIndexByte(s, ':') // a service: svc:web:443
+		h, p = s[:i], s[i+1:]
+	}
+	n, err := strconv.ParseUint(p, 10, 16)
+	if err != nil {
+		if strings.HasPrefix(s, "svc:") {
+			return s, 0, false, nil
+		}
+		return "", 0, false, usagef("%q: want B or B:PORT, with a port from 0 to 65535", s)
+	}
+	return h, uint16(n), true, nil
+}
+
+// protocol reads --proto; hasPort says whether a port was given.
+func protocol(s string, hasPort bool) (int, error) {
+	if s == "" {
+		s = map[bool]string{true: "tcp", false: "icmp"}[hasPort]
+	}
+	var p ipproto.Proto
+	if err := p.UnmarshalText([]byte(s)); err != nil || p <= 0 || p > 255 {
+		return 0, usagef("--proto: unknown protocol %q", s)
+	}
+	if !hasPort && (p == ipproto.TCP || p == ipproto.UDP || p == ipproto.SCTP) {
+		return 0, usagef("--proto %s needs a port: B:PORT", s)
+	}
+	return int(p), nil
+}
+
+func (e *explainer) endpoints(name string) ([]acl.Endpoint, error) {
+	list, err := e.access.Endpoints(name)
+	if err == nil && len(list) == 0 {
+		err = fmt.Errorf("%s has no address", name)
+	}
+	return list, err
+}
+
+// verdicts explains each address family that both ends have.
+func (e *explainer) verdicts(a, b, proto string) error {
+	host, port, hasPort, err := destination(b)
+	if err != nil {
+		return err
+	}
+	num, err := protocol(proto, hasPort)
+	if err != nil {
+		return err
+	}
+	from, err := e.endpoints(a)
+	if err != nil {
+		return err
+	}
+	to, err := e.endpoints(host)
+	if err != nil {
+		return err
+	}
+	var all []*acl.Verdict
+	for _, f := range from {
+		for _, t := range to {
+			if f.Addr.Is4() == t.Addr.Is4() {
+				all = append(all, e.access.Explain(acl.Query{From: f, To: t, Proto: num, Port: port}))
+			}
+		}
+	}
+	if len(all) == 0 {
+		all = append(all, e.access.Explain(acl.Query{From: from[0], To: to[0], Proto: num, Port: port}))
+	}
+	out, text := []verdictJSON{}, []string{}
+	for _, v := range all {
+		out = append(out, e.json(v))
+		text = append(text, e.text(v))
+	}
+	return e.m.print(out, strings.Join(text, "\n"))
+}
+
+func (e *explainer) text(v *acl.Verdict) string {
+	word := "DENIED"
+	if v.Allowed {
+		word = "ALLOWED"
+	}
+	proto := ipproto.Proto(v.Proto).String()
+	if v.Port != 0 {
+		proto += fmt.Sprintf(" port %d", v.Port)
+	}
+	lines := []string{fmt.Sprintf("%s  %s -> %s, %s", word, e.endpoint(v.From), e.endpoint(v.To), proto), "  " + v.Reason}
+	rule := func(what string, r acl.RuleUse) {
+		lines = append(lines, fmt.Sprintf("  %s line %d (%s): %s", what, r.Line, r.Path, oneLine(r.Text)))
+		if len(r.Src) > 0 {
+			detail := "    from " + strings.Join(r.Src, ", ")
+			if r.Dst != "" {
+				detail += " to " + r.Dst
+			}
+			lines = append(lines, detail)
+		}
+		for _, x := range []struct {
+			what string
+			list []string
+		}{{"by way of", r.Via}, {"posture", r.Postures}, {"as", r.Users}} {
+			if len(x.list) > 0 {
+				lines = append(lines, "    "+x.what+" "+strings.Join(x.list, ", "))
+			}
+		}
+	}
+	for _, r := range v.Rules {
+		rule("rule", r)
+	}
+	for _, n := range v.Near {
+		rule("nearest rule", n.RuleUse)
+		for _, f := range n.Fails {
+			lines = append(lines, "    but "+f)
+		}
+	}
+	for _, r := range v.SSH {
+		rule("SSH rule", r)
+	}
+	return printableLines(lines)
+}
+
+// oneLine is the start of a rule's text without its layout.
+func oneLine(s string) string {
+	s = strings.Join(strings.Fields(s), " ")
+	if r := []rune(s); len(r) > 120 {
+		s = string(r[:119]) + "…"
+	}
+	return s
+}
+
+func printableLines(lines []string) string {
+	for i := range lines {
+		lines[i] = printable(lines[i])
+	}
+	return strings.Join(lines, "\n")
+}
+
+// verdictJSON is a verdict for programs.
+type verdictJSON struct {
+	From     string     `json:"from"`
+	To       string     `json:"to"`
+	Proto    int        `json:"proto"`
+	Port     uint16     `json:"port"`
+	Allowed  bool       `json:"allowed"`
+	Reason   string     `json:"reason"`
+	Receiver string     `json:"receiver,omitempty"`
+	Route    string     `json:"route,omitempty"`
+	Rules    []ruleJSON `json:"rules"`
+	Near     []ruleJSON `json:"near"`
+	SSH      []ruleJSON `json:"ssh"`
+}
+
+type ruleJSON struct {
+	Line     int      `json:"line"`
+	Column   int      `json:"column"`
+	Path     string   `json:"path"`
+	Text     string   `json:"text"`
+	Src      []string `json:"src,omitempty"`
+	Dst      string   `json:"dst,omitempty"`
+	Ports    string   `json:"ports,omitempty"`
+	Via      []string `json:"via,omitempty"`
+	Postures []string `json:"postures,omitempty"`
+	Users    []string `json:"users,omitempty"`
+	Check    bool     `json:"check,omitempty"`
+	Fails    []string `json:"fails,omitempty"`
+}
+
+func (e *explainer) json(v *acl.Verdict) verdictJSON {
+	rule := func(r acl.RuleUse, fails []string) ruleJSON {
+		return ruleJSON{r.Line, r.Column, r.Path, r.Text, r.Src, r.Dst, r.Ports, r.Via, r.Postures, r.Users, r.Check, fails}
+	}
+	out := verdictJSON{
+		From: v.From.Addr.String(), To: v.To.Addr.String(), Proto: v.Proto, Port: v.Port, Allowed: v.Allowed, Reason: v.Reason,
+		Receiver: e.name(v.Receiver), Rules: []ruleJSON{}, Near: []ruleJSON{}, SSH: []ruleJSON{},
+	}
+	if v.Route.IsValid() {
+		out.Route = v.Route.String()
+	}
+	for _, r := range v.Rules {
+		out.Rules = append(out.Rules, rule(r, nil))
+	}
+	for _, n := range v.Near {
+		out.Near = append(out.Near, rule(n.RuleUse, n.Fails))
+	}
+	for _, r := range v.SSH {
+		out.SSH = append(out.SSH, rule(r, nil))
+	}
+	return out
+}
+
+func (e *explainer) reachableFrom(a string) error {
+	from, err := e.endpoints(a)
+	if err != nil {
+		return err
+	}
+	return e.openings("To", from, e.access.ReachableFrom)
+}
+
+func (e *explainer) whoReaches(b string) error {
+	to, err := e.endpoints(b)
+	if err != nil {
+		return err
+	}
+	return e.openings("From", to, e.access.WhoReaches)
+}
+
+type openingJSON struct {
+	Address string   `json:"address"` // of the end that was asked about
+	Other   string   `json:"other"`   // node or range
+	Ports   []string `json:"ports"`
+	Lines   []int    `json:"lines"`
+}
+
+func (e *explainer) openings(head string, ends []acl.Endpoint, list func(acl.Endpoint) []acl.Opening) error {
+	out, rows := []openingJSON{}, [][]string(nil)
+	for _, end := range ends {
+		for _, o := range list(end) {
+			j := openingJSON{end.Addr.String(), e.name(o.Slot), o.Ports, o.Lines}
+			if o.Slot < 0 {
+				j.Other = o.Range
+			}
+			out = append(out, j)
+			var lines []string
+			for _, l := range o.Lines {
+				lines = append(lines, strconv.Itoa(l))
+			}
+			rows = append(rows, []string{j.Address, j.Other, strings.Join(j.Ports, ", "), strings.Join(lines, ", ")})
+		}
+	}
+	return e.m.printTable(out, []string{"Address", head, "Ports", "Policy lines"}, rows)
+}
