@@ -75,7 +75,7 @@ func (m *program) explainer(tailnet, path string) (*explainer, error) {
 		if text, err = m.readPolicy(path); err != nil {
 			return nil, usageError{err}
 		}
-	} else if path = tailnet; f.Policy == "" {
+	} else if path = tailnet + " (policy)"; f.Policy == "" {
 		return nil, usagef("%s holds no policy: name one with -f", tailnet)
 	}
 	p, err := acl.Parse(text)
@@ -140,7 +140,7 @@ func protocol(s string, hasPort bool) (int, error) {
 		s = map[bool]string{true: "tcp", false: "icmp"}[hasPort]
 	}
 	var p ipproto.Proto
-	if err := p.UnmarshalText([]byte(s)); err != nil || p <= 0 || p > 255 {
+	if err := p.UnmarshalText([]byte(s)); err != nil || p == 0 {
 		return 0, usagef("--proto: unknown protocol %q", s)
 	}
 	if !hasPort && (p == ipproto.TCP || p == ipproto.UDP || p == ipproto.SCTP) {
@@ -194,12 +194,19 @@ func (e *explainer) verdicts(a, b, proto string) error {
 	return e.m.print(out, strings.Join(text, "\n"))
 }
 
+func protoName(n int) string {
+	if text, err := ipproto.Proto(n).MarshalText(); err == nil {
+		return string(text)
+	}
+	return strconv.Itoa(n)
+}
+
 func (e *explainer) text(v *acl.Verdict) string {
 	word := "DENIED"
 	if v.Allowed {
 		word = "ALLOWED"
 	}
-	proto := ipproto.Proto(v.Proto).String()
+	proto := protoName(v.Proto)
 	if v.Port != 0 {
 		proto += fmt.Sprintf(" port %d", v.Port)
 	}
