@@ -162,3 +162,26 @@ func BenchmarkCompile1000Nodes10000Rules(b *testing.B) {
 	t := fleet(1000, 60, rand.New(rand.NewPCG(1, 2)))
 	benchCompile(b, t, bigPolicy(len(t.Users)))
 }
+
+func BenchmarkDiff10000Nodes200Rules(b *testing.B) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	t := fleet(10_000, 60, rnd)
+	src := orgPolicy(200, 120, 60, len(t.Users), rnd)
+	edited := []byte(strings.Replace(string(src), ":443,8443", ":443", 1))
+	var sides [2]*Access
+	for i, text := range [][]byte{src, edited} {
+		p, err := Parse(text)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if sides[i], err = Compile(p, t); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if Diff(sides[0], sides[1]).Empty() {
+			b.Fatal("no change found")
+		}
+	}
+}

@@ -117,7 +117,7 @@ func randomPolicy(rnd *rand.Rand) []byte {
 	for range rnd.IntN(4) {
 		switch rnd.IntN(4) {
 		case 0:
-			fmt.Fprintf(&b, "{\"src\":[%s],\"dst\":[%s],\"via\":[%s],\"ip\":[%q]},\n", some(src...), some("10.33.0.0/16", "10.33.1.0/24", "autogroup:internet", "lan", "10.0.0.0/8", "*"), some("tag:t0", "tag:t1", "tag:extra"), pick("*", "tcp:22", "icmp:*"))
+			fmt.Fprintf(&b, "{\"src\":[%s],\"dst\":[%s],\"via\":[%s],\"ip\":[%q]},\n", some(src...), some("10.33.0.0/16", "10.33.1.0/24", "autogroup:internet", "lan", "10.0.0.0/8", "*", "100.64.0.0/29"), some("tag:t0", "tag:t1", "tag:extra"), pick("*", "tcp:22", "icmp:*"))
 		case 1:
 			fmt.Fprintf(&b, "{\"src\":[%s],\"dst\":[%q],\"app\":{\"tailscale.com/cap/drive\":[{\"shares\":[\"*\"]}],\"example.com/cap/x\":[]}},\n", some(src...), pick("*", "tag:t0", "group:a", "box"))
 		default:

@@ -69,11 +69,35 @@ func (g *program) nodeEndpoints(slot int) []Endpoint {
 	return out
 }
 
+// ownerText is owner for a rendered address.
+func (g *program) ownerText(addr string) (int, bool) {
+	a, err := netip.ParseAddr(addr)
+	if err != nil {
+		return 0, false
+	}
+	return g.owner(a)
+}
+
 // path says where packets from one endpoint to another arrive.
 type path struct {
 	receiver int          // slot of the node whose filter decides; -1 when none
 	route    netip.Prefix // the receiver's route; invalid when it has the address itself
 	missing  string       // why there is no receiver
+}
+
+// droppedRanges are destinations that clients drop whatever the rules say:
+// multicast and link-local addresses.
+var droppedRanges = []netip.Prefix{
+	netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("ff00::/8"),
+	netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fe80::/10"),
+}
+
+// metadataAddr is the one link-local address that clients let through, a
+// cloud provider's DNS and metadata service.
+var metadataAddr = netip.MustParseAddr("169.254.169.254")
+
+func dropped(a netip.Addr) bool {
+	return a != metadataAddr && slices.ContainsFunc(droppedRanges, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // path finds the receiver of packets: the node with the address, or the peer
@@ -83,6 +107,9 @@ func (a *Access) path(from Endpoint, to netip.Addr) path {
 	g := a.prog
 	if slot, ok := g.owner(to); ok {
 		return path{receiver: slot}
+	}
+	if dropped(to) {
+		return path{receiver: -1, missing: fmt.Sprintf("%v is a link-local or multicast address; clients drop it", to)}
 	}
 	sender := from.Slot
 	if sender < 0 {
