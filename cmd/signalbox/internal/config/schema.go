@@ -55,7 +55,8 @@ var schema = []key{
 		Derived: "the host of server_url", Shown: "127.0.0.1",
 		Doc: "Name or IP address at which clients reach the relay and STUN."},
 	{Name: "derp.server.verify_clients", At: func(c *Config) any { return &c.DERP.Server.VerifyClients }, Default: true,
-		Doc: "Relay only for nodes of this server."},
+		Inert: "the relay admits nodes of this server only",
+		Doc: "Accepted for Headscale's sake: the relay admits nodes of this server only."},
 	{Name: "derp.server.listen_addr", At: func(c *Config) any { return &c.DERP.Server.ListenAddr },
 		Derived: "127.0.0.1:8443, with the host of listen_addr when that is set", Shown: "127.0.0.1:8443",
 		Doc: "TLS listener of the relay, used only while server_url is http: clients speak nothing but TLS to a relay. Its self-signed certificate is pinned in the DERP map. With https the relay is part of the main listener."},
@@ -136,10 +137,13 @@ var schema = []key{
 		Enum: []string{"false", "true", "disable", "allow", "prefer", "require", "verify-ca", "verify-full"},
 		Doc:  "`false` (disable), `true` (require), or an sslmode of PostgreSQL: verify-full checks the certificate."},
 	{Name: "database.postgres.max_open_conns", At: func(c *Config) any { return &c.Database.Postgres.MaxOpenConns }, Default: 10,
-		Doc: "Connections that the server opens at most."},
+		Later: poolLater,
+		Doc: "Connections that the server opens at most. Not supported yet, as are the next two."},
 	{Name: "database.postgres.max_idle_conns", At: func(c *Config) any { return &c.Database.Postgres.MaxIdleConns }, Default: 10,
+		Later: poolLater,
 		Doc: "Connections that stay open without work."},
 	{Name: "database.postgres.conn_max_idle_time_secs", At: func(c *Config) any { return &c.Database.Postgres.ConnMaxIdleTimeSecs }, Default: 3600,
+		Later: poolLater,
 		Doc: "For how many seconds."},
 
 	{Name: "acme_url", At: func(c *Config) any { return &c.ACMEURL }, Default: "https://acme-v02.api.letsencrypt.org/directory",
@@ -270,6 +274,7 @@ var schema = []key{
 }
 
 const (
+	poolLater   = "sizing the connection pool"
 	oidcLater   = "login by OpenID Connect"
 	tuningInert = "it tunes a part that does not exist here"
 )

@@ -364,7 +364,4 @@ func (l *loader) validatePostgres() {
 	if p.Port < 1 || p.Port > 65535 {
 		l.fault("database.postgres.port", "want 1 to 65535, got %d", p.Port)
 	}
-	if p.MaxOpenConns < 1 {
-		l.fault("database.postgres.max_open_conns", "want at least 1, got %d", p.MaxOpenConns)
-	}
 }
