@@ -175,6 +175,28 @@ func TestSourceBucketChargesOnlyStrangers(t *testing.T) {
 	}
 }
 
+// A company that enrols from one address pays only for those who fail.
+func TestSourceIsRefundedForNewNodes(t *testing.T) {
+	var g *rig
+	g = newRig(t, func(w http.ResponseWriter, r *http.Request) {
+		c, _ := Peer(r.Context())
+		g.known.Store(c.Machine, true) // the request made it a node
+	}, func(c *Config) {
+		c.Limits.SourceBurst = 3
+		c.Limits.SourceRate = 0.001
+	})
+	for i := range 12 {
+		nc, err := g.dial(key.NewMachine(), currentVersion)
+		if err != nil {
+			t.Fatalf("newcomer %d: %v", i, err)
+		}
+		if status, body := do(t, newClientConn(t, nc), "POST", "/machine/register", strings.NewReader("{}")); status != http.StatusOK {
+			t.Fatalf("newcomer %d: %d %s", i, status, body)
+		}
+		nc.Close()
+	}
+}
+
 func TestAdvertisedSettings(t *testing.T) {
 	g := newRig(t, echo, nil)
 	for _, k := range []key.MachinePrivate{key.NewMachine(), g.node()} {

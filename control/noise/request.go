@@ -82,6 +82,9 @@ func (c *session) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}, limit)
 	}
 	c.s.cfg.Handler.ServeHTTP(w, r)
+	if !known && c.s.cfg.Known(c.peer.Machine) {
+		c.setKnown(true, true)
+	}
 }
 
 // enter takes one of a stranger's places.

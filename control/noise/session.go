@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"tailscale.com/control/controlbase"
+
+	"github.com/signalbox-net/signalbox/control/limit"
 )
 
 // session is one Noise connection. To HTTP/2 it is the net.Conn underneath
@@ -31,8 +33,9 @@ type session struct {
 	mu      sync.Mutex
 	known   bool
 	closed  bool
-	active  int // requests being answered
-	refused int // requests being refused
+	active  int  // requests being answered
+	refused int  // requests being refused
+	charged bool // the source paid for this connection of a stranger
 	idle    *time.Timer
 	life    *time.Timer
 }
@@ -67,6 +70,10 @@ func (c *session) setKnown(known, asked bool) {
 	}
 	if known {
 		c.stopTimers()
+		if c.charged {
+			c.charged = false
+			c.s.sources.Refund(limit.Addr(c.peer.Remote.Addr()), c.s.cfg.Now(), 1)
+		}
 		if asked && c.identify != nil {
 			c.identify()
 			c.identify = nil

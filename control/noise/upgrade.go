@@ -211,7 +211,8 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, *refusal) {
 }
 
 // admit charges the source of a machine key that has no node. Nodes come back
-// free of charge: a whole company may reconnect from one address.
+// free of charge, and a stranger who becomes one is given back what it paid: a
+// whole company may reconnect, or enrol, from one address.
 func (s *Server) admit(c *session) *refusal {
 	if s.cfg.Known(c.peer.Machine) {
 		return nil
@@ -223,6 +224,7 @@ func (s *Server) admit(c *session) *refusal {
 	if !s.sources.Allow(k, now) {
 		return &refusal{status: http.StatusTooManyRequests, retry: s.sources.Wait(k, now), text: "too many new clients from this address"}
 	}
+	c.charged = true
 	return nil
 }
 
