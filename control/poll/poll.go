@@ -24,6 +24,7 @@ import (
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
+	"github.com/signalbox-net/signalbox/control/limit"
 	"github.com/signalbox-net/signalbox/control/netmap"
 	"github.com/signalbox-net/signalbox/control/noise"
 	"github.com/signalbox-net/signalbox/control/tailnet"
@@ -57,12 +58,12 @@ type Server struct {
 	cfg  Config
 	log  *slog.Logger
 	gate *semaphore.Weighted // bytes of full maps in flight
+	gone *limit.Table        // looks for the tombstone of a pair of machine and node key
 	Stats
 
 	mu    sync.Mutex // guards the following fields
 	nodes map[tailcfg.NodeID]*attendance
-	gone  map[pair]time.Time // when a deleted node's client was last told so
-	down  bool               // the server is stopping: streams end without the nodes going offline
+	down  bool // the server is stopping: streams end without the nodes going offline
 }
 
 // Stats are counters of a Server; they only grow, but for Sessions and Waiting.
@@ -80,14 +81,18 @@ type Stats struct {
 
 // attendance is what the server remembers of a node while it has a stream or had one a moment ago.
 type attendance struct {
-	session *Session
-	leave   *time.Timer
-	reports *rate.Limiter
+	session  *Session
+	onlooker *Session // a read-only stream, of which there may be one more
+	leave    *time.Timer
+	reports  *rate.Limiter
 }
 
-type pair struct {
-	machine key.MachinePublic
-	node    key.NodePublic
+// stream is where x has its place.
+func (a *attendance) stream(x *Session) **Session {
+	if x.readOnly {
+		return &a.onlooker
+	}
+	return &a.session
 }
 
 // New returns a Server. It starts nothing.
@@ -107,7 +112,7 @@ func New(cfg Config) *Server {
 	if cfg.InFlight == 0 {
 		cfg.InFlight = 256 << 20
 	}
-	s := &Server{cfg: cfg, log: cfg.Log, gate: semaphore.NewWeighted(cfg.InFlight), nodes: map[tailcfg.NodeID]*attendance{}, gone: map[pair]time.Time{}}
+	s := &Server{cfg: cfg, log: cfg.Log, gate: semaphore.NewWeighted(cfg.InFlight), nodes: map[tailcfg.NodeID]*attendance{}, gone: limit.New(1/farewellEvery.Seconds(), 1)}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -174,7 +179,7 @@ const farewellEvery = time.Minute
 
 // serveUnknown tells the client of a deleted node that it is no longer a member, so that it asks its user to log in; all others get 401.
 func (s *Server) serveUnknown(w http.ResponseWriter, r *http.Request, m key.MachinePublic, req *tailcfg.MapRequest) {
-	if !req.Stream || !s.mayAsk(pair{m, req.NodeKey}) {
+	if !req.Stream || !s.mayAsk(m, req.NodeKey) {
 		http.Error(w, unknown, http.StatusUnauthorized)
 		return
 	}
@@ -203,32 +208,9 @@ func (s *Server) serveUnknown(w http.ResponseWriter, r *http.Request, m key.Mach
 	_, _ = w.Write(netmap.Wire(netmap.Farewell(gone, settings.DNS.BaseDomain), raw))
 }
 
-// maxGone bounds the memory of who was told farewell.
-const maxGone = 16384
-
 // mayAsk admits one look for a tombstone a minute and pair of keys, and so bounds what strangers can make the database do.
-func (s *Server) mayAsk(p pair) bool {
-	now := s.cfg.Now()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if last, ok := s.gone[p]; ok && now.Sub(last) < farewellEvery {
-		return false
-	}
-	if len(s.gone) >= maxGone {
-		for k, last := range s.gone {
-			if now.Sub(last) >= farewellEvery {
-				delete(s.gone, k)
-			}
-		}
-		for k := range s.gone {
-			if len(s.gone) < maxGone {
-				break
-			}
-			delete(s.gone, k)
-		}
-	}
-	s.gone[p] = now
-	return true
+func (s *Server) mayAsk(m key.MachinePublic, n key.NodePublic) bool {
+	return s.gone.Allow(limit.Bytes(n.AppendTo(m.UntypedBytes())), s.cfg.Now())
 }
 
 // serveReport takes what a client says of itself. Its answer is empty, and sent after the report is on disk.
@@ -264,7 +246,12 @@ func (s *Server) report(ctx context.Context, n *tailnet.Node, req *tailcfg.MapRe
 	return s.cfg.Ledger.Report(n.ID, u)(ctx)
 }
 
-// Reports a node may make: 5 a second, 20 at once.
+// Reports a node may make: a second, and at once.
+const (
+	reportRate  = 5
+	reportBurst = 20
+)
+
 func (s *Server) limiter(id tailcfg.NodeID) *rate.Limiter {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -275,7 +262,7 @@ func (s *Server) limiter(id tailcfg.NodeID) *rate.Limiter {
 func (s *Server) attend(id tailcfg.NodeID) *attendance {
 	a := s.nodes[id]
 	if a == nil {
-		a = &attendance{reports: rate.NewLimiter(5, 20)}
+		a = &attendance{reports: rate.NewLimiter(reportRate, reportBurst)}
 		s.nodes[id] = a
 	}
 	return a

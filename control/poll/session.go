@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,16 +27,38 @@ type Session struct {
 	cancel  context.CancelCauseFunc
 	Started time.Time
 
+	readOnly bool // a tool looks on: the node is not online by it
+
 	at      *tailnet.Snapshot // what the client was last brought to; owned by run
 	rev     atomic.Int64      // revision of at
 	busy    atomic.Int64      // unix nanoseconds at which the write under way last made progress; 0 when none is
 	written atomic.Int64      // bytes
+
+	mu   sync.Mutex // guards the following field
+	over bool       // the handler returns: w and ctl must not be touched any more
+}
+
+// abort ends x also in the middle of a write that makes no progress, which its context does not reach.
+func (x *Session) abort(cause error) {
+	x.cancel(cause)
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if !x.over {
+		_ = x.ctl.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
+
+func (x *Session) finish() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.over = true
 }
 
 var (
 	errReplaced = errors.New("a newer stream of the same node began")
 	errStopping = errors.New("the server is stopping")
 	errStalled  = errors.New("the reader makes no progress")
+	errMoved    = errors.New("the node was deleted or has another key")
 )
 
 func (s *Server) serveStream(w http.ResponseWriter, r *http.Request, n *tailnet.Node, req *tailcfg.MapRequest) {
@@ -43,20 +66,20 @@ func (s *Server) serveStream(w http.ResponseWriter, r *http.Request, n *tailnet.
 	defer cancel(nil)
 	x := &Session{
 		srv: s, node: n.ID, key: req.NodeKey, raw: req.Compress == "", w: w, ctl: http.NewResponseController(w), cancel: cancel, Started: s.cfg.Now(),
+		readOnly: req.ReadOnly,
 	}
+	defer x.finish()
 	// Content-Length and sniffing would make net/http hold the first bytes back.
 	w.Header().Set("Content-Type", "application/octet-stream")
-	if req.ReadOnly {
-		_ = x.run(ctx)
-		return
-	}
 	if !s.enter(x) {
 		w.Header().Set("Retry-After", "1")
 		http.Error(w, errStopping.Error(), http.StatusServiceUnavailable)
 		return
 	}
 	defer s.leave(x)
-	s.fill(n, req)
+	if !x.readOnly {
+		s.fill(n, req)
+	}
 	err := x.run(ctx)
 	if cause := context.Cause(ctx); cause != nil && err == nil {
 		err = cause
@@ -80,6 +103,9 @@ func (s *Server) fill(n *tailnet.Node, req *tailcfg.MapRequest) {
 	s.cfg.Ledger.Report(n.ID, u)
 }
 
+// replacedAfter is how long a stream that a newer one replaced has to end by itself.
+const replacedAfter = time.Second
+
 // enter makes x the stream of its node; an older one ends.
 func (s *Server) enter(x *Session) bool {
 	s.mu.Lock()
@@ -88,16 +114,21 @@ func (s *Server) enter(x *Session) bool {
 		return false
 	}
 	a := s.attend(x.node)
+	place := a.stream(x)
+	if old := *place; old != nil {
+		s.Replaced.Add(1)
+		old.cancel(errReplaced)
+		time.AfterFunc(replacedAfter, func() { old.abort(errReplaced) })
+	}
+	*place = x
+	s.Sessions.Add(1)
+	if x.readOnly {
+		return true
+	}
 	if a.leave != nil {
 		a.leave.Stop()
 		a.leave = nil
 	}
-	if a.session != nil {
-		s.Replaced.Add(1)
-		a.session.cancel(errReplaced)
-	}
-	a.session = x
-	s.Sessions.Add(1)
 	s.cfg.Ledger.Attach(x.node, s.cfg.Now())
 	return true
 }
@@ -109,23 +140,25 @@ func (s *Server) leave(x *Session) {
 	defer s.mu.Unlock()
 	s.Sessions.Add(-1)
 	a := s.nodes[x.node]
-	if a == nil || a.session != x {
+	if a == nil || *a.stream(x) != x {
 		return
 	}
-	a.session = nil
-	if s.down {
+	*a.stream(x) = nil
+	if s.down || x.readOnly {
 		return
 	}
 	ended := s.cfg.Now()
-	a.leave = time.AfterFunc(s.cfg.Grace, func() {
+	var t *time.Timer
+	t = time.AfterFunc(s.cfg.Grace, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.down || s.nodes[x.node] != a || a.session != nil {
+		if s.down || a.leave != t {
 			return
 		}
-		delete(s.nodes, x.node)
+		a.leave = nil
 		s.cfg.Ledger.Detach(x.node, ended)
 	})
+	a.leave = t
 }
 
 // Attached reports whether the node has a stream here, or had one a moment ago.
@@ -146,15 +179,41 @@ func (s *Server) Run(ctx context.Context) error {
 			s.stop()
 			return nil
 		case now := <-t.C:
-			for _, x := range s.List() {
-				if busy := x.busy.Load(); busy != 0 && now.UnixNano()-busy > int64(s.cfg.Stall) {
-					s.Stalled.Add(1)
-					x.cancel(errStalled)
-					_ = x.ctl.SetWriteDeadline(time.Unix(1, 0))
-				}
+			s.watch(now)
+		}
+	}
+}
+
+// watch drops stalled readers and forgets the nodes that have been quiet.
+func (s *Server) watch(now time.Time) {
+	for _, x := range s.streams() {
+		if busy := x.busy.Load(); busy != 0 && now.UnixNano()-busy > int64(s.cfg.Stall) {
+			s.Stalled.Add(1)
+			x.abort(errStalled)
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, a := range s.nodes {
+		if a.session == nil && a.onlooker == nil && a.leave == nil && a.reports.TokensAt(now) >= reportBurst {
+			delete(s.nodes, id)
+		}
+	}
+}
+
+// streams are all open streams that no newer one replaced, read-only ones included.
+func (s *Server) streams() []*Session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*Session
+	for _, a := range s.nodes {
+		for _, x := range []*Session{a.session, a.onlooker} {
+			if x != nil {
+				out = append(out, x)
 			}
 		}
 	}
+	return out
 }
 
 func (s *Server) stop() {
@@ -165,8 +224,10 @@ func (s *Server) stop() {
 		if a.leave != nil {
 			a.leave.Stop()
 		}
-		if a.session != nil {
-			a.session.cancel(errStopping)
+		for _, x := range []*Session{a.session, a.onlooker} {
+			if x != nil {
+				x.cancel(errStopping)
+			}
 		}
 	}
 }
@@ -250,8 +311,8 @@ func (x *Session) full(ctx context.Context) error {
 	defer s.gate.Release(weight)
 	snap := s.cfg.Replica.Current()
 	n := snap.Node(x.node)
-	if n == nil {
-		return nil
+	if n == nil || n.NodeKey != x.key {
+		return errMoved // since the request was looked at; the client comes back and is told
 	}
 	m := netmap.Full(snap, netmap.Viewer{Slot: n.Slot, Raw: x.raw, Now: s.cfg.Now()})
 	s.FullMaps.Add(1)
