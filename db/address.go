@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/big"
 	"net/netip"
+	"strings"
 
 	"gorm.io/gorm/clause"
 )
@@ -30,17 +31,18 @@ var reservedRanges = []netip.Prefix{
 // The addresses are not taken until a CreateNode or PutNode in this
 // transaction uses them.
 func (tx *Tx) AllocateAddrs(p Pools) (v4, v6 netip.Addr, err error) {
-	newest4, newest6, err := tx.newestAddrs()
-	if err == nil && p.IPv4.IsValid() {
-		v4, err = tx.allocate(p.IPv4.Masked(), newest4, p.Random)
+	searches := []*search{newSearch(p.IPv4, "ipv4", p.Random), newSearch(p.IPv6, "ipv6", p.Random)}
+	newest, err := tx.newestAddrs()
+	for i, s := range searches {
+		s.walk = newWalk(s.pool, newest[i])
 	}
-	if err == nil && p.IPv6.IsValid() {
-		v6, err = tx.allocate(p.IPv6.Masked(), newest6, p.Random)
+	for err == nil && !(searches[0].over() && searches[1].over()) {
+		err = tx.step(searches)
 	}
 	if err != nil {
 		return netip.Addr{}, netip.Addr{}, fmt.Errorf("allocate addresses: %w", err)
 	}
-	return v4, v6, nil
+	return searches[0].found, searches[1].found, nil
 }
 
 // AddrFree tells whether no node has the address. That it is held or reserved
@@ -52,95 +54,121 @@ func (tx *Tx) AddrFree(a netip.Addr) (bool, error) {
 	return n == 0, err
 }
 
-// newestAddrs are the addresses of the node that was created last. Going on
-// from there finds a free address at once, however many nodes there are.
-func (tx *Tx) newestAddrs() (v4, v6 netip.Addr, err error) {
-	var t4, t6 *string
-	err = tx.scan("SELECT ipv4, ipv6 FROM nodes WHERE tailnet_id = ? ORDER BY id DESC LIMIT 1", []any{tx.tailnet}, &t4, &t6)
+// newestAddrs are the IPv4 and IPv6 addresses of the node that was created
+// last. Going on from there finds a free address at once, however many nodes
+// there are.
+func (tx *Tx) newestAddrs() (newest [2]netip.Addr, err error) {
+	var texts [2]*string
+	err = tx.scan("SELECT ipv4, ipv6 FROM nodes WHERE tailnet_id = ? ORDER BY id DESC LIMIT 1", []any{tx.tailnet}, &texts[0], &texts[1])
 	if err == ErrNotFound {
-		return v4, v6, nil
+		return newest, nil
 	}
-	if err != nil {
-		return v4, v6, err
+	for i, t := range texts {
+		if t != nil {
+			newest[i], _ = netip.ParseAddr(*t)
+		}
 	}
-	if t4 != nil {
-		v4, _ = netip.ParseAddr(*t4)
-	}
-	if t6 != nil {
-		v6, _ = netip.ParseAddr(*t6)
-	}
-	return v4, v6, nil
+	return newest, err
+}
+
+// A search looks for one free address of a family.
+type search struct {
+	pool    netip.Prefix
+	column  string
+	walk    *walk
+	draws   int  // batches still to be drawn at random, before the walk
+	size    int  // of the next batch
+	heldToo bool // second time around: released addresses count as free
+	found   netip.Addr
 }
 
 // randomDraws is how many batches are drawn at random before a walk looks for
 // what is left of a nearly full pool.
 const randomDraws = 4
 
-func (tx *Tx) allocate(pool netip.Prefix, newest netip.Addr, random bool) (netip.Addr, error) {
-	w := newWalk(pool, newest)
+func newSearch(pool netip.Prefix, column string, random bool) *search {
+	s := &search{column: column, size: 4}
+	if pool.IsValid() {
+		s.pool = pool.Masked()
+	}
 	if random {
-		for range randomDraws {
-			batch := make([]netip.Addr, 8)
-			for i := range batch {
-				batch[i] = randomAddr(pool)
-			}
-			if a, err := tx.firstFree(pool, batch, false); err != nil || a.IsValid() {
-				return a, err
-			}
-		}
-		w = newWalk(pool, randomAddr(pool))
+		s.draws = randomDraws
 	}
-	for _, heldToo := range []bool{false, true} {
-		w.restart()
-		for size := 4; ; size = min(4*size, 1024) {
-			batch := w.next(size)
-			if len(batch) == 0 {
-				break
-			}
-			if a, err := tx.firstFree(pool, batch, heldToo); err != nil || a.IsValid() {
-				return a, err
-			}
-		}
-	}
-	return netip.Addr{}, ErrPoolExhausted
+	return s
 }
 
-// firstFree returns the first address of batch that may be given out, or the
-// zero Addr.
-func (tx *Tx) firstFree(pool netip.Prefix, batch []netip.Addr, heldToo bool) (netip.Addr, error) {
-	texts := make([]string, 0, len(batch))
-	for _, a := range batch {
-		if usable(pool, a) {
-			texts = append(texts, a.String())
+func (s *search) over() bool { return !s.pool.IsValid() || s.found.IsValid() }
+
+// next returns the texts of addresses that may be given out if no node has
+// them; ErrPoolExhausted when there is no further one.
+func (s *search) next() (texts []string, err error) {
+	for len(texts) == 0 {
+		var batch []netip.Addr
+		switch {
+		case s.draws > 0:
+			for range 8 {
+				batch = append(batch, randomAddr(s.pool))
+			}
+			if s.draws--; s.draws == 0 {
+				s.walk = newWalk(s.pool, batch[0])
+			}
+		default:
+			batch = s.walk.next(s.size)
+			s.size = min(4*s.size, 1024)
+			if len(batch) == 0 {
+				if s.heldToo {
+					return nil, ErrPoolExhausted
+				}
+				s.heldToo = true
+				s.walk.restart()
+			}
+		}
+		for _, a := range batch {
+			if usable(s.pool, a) {
+				texts = append(texts, a.String())
+			}
 		}
 	}
-	if len(texts) == 0 {
-		return netip.Addr{}, nil
-	}
-	column := "ipv4"
-	if pool.Addr().Is6() {
-		column = "ipv6"
-	}
-	query := "SELECT " + column + " FROM nodes WHERE tailnet_id = ? AND " + column + " IN ?"
-	args := []any{tx.tailnet, texts}
-	if !heldToo {
-		query += " UNION ALL SELECT address FROM released_addresses WHERE tailnet_id = ? AND address IN ? AND released > ?"
-		args = append(args, tx.tailnet, texts, micros(tx.now.Add(-holdFor)))
-	}
-	var found []string
-	if err := tx.err(tx.g.Raw(query, args...).Scan(&found).Error); err != nil {
-		return netip.Addr{}, err
-	}
-	taken := make(map[string]bool, len(found))
-	for _, t := range found {
-		taken[t] = true
-	}
-	for _, t := range texts {
-		if !taken[t] {
-			return netip.ParseAddr(t)
+	return texts, nil
+}
+
+// step looks at one batch of each family that is still searched.
+func (tx *Tx) step(searches []*search) error {
+	var query []string
+	var args []any
+	var unheld []string
+	batches := make([][]string, len(searches))
+	for i, s := range searches {
+		if s.over() {
+			continue
+		}
+		var err error
+		if batches[i], err = s.next(); err != nil {
+			return err
+		}
+		query = append(query, "SELECT "+s.column+" FROM nodes WHERE tailnet_id = ? AND "+s.column+" IN ?")
+		args = append(args, tx.tailnet, batches[i])
+		if !s.heldToo {
+			unheld = append(unheld, batches[i]...)
 		}
 	}
-	return netip.Addr{}, nil
+	if len(unheld) > 0 {
+		query = append(query, "SELECT address FROM released_addresses WHERE tailnet_id = ? AND address IN ? AND released > ?")
+		args = append(args, tx.tailnet, unheld, micros(tx.now.Add(-holdFor)))
+	}
+	taken, err := tx.strings(strings.Join(query, " UNION ALL "), args...)
+	if err != nil {
+		return err
+	}
+	for i, batch := range batches {
+		for _, t := range batch {
+			if !taken[t] {
+				searches[i].found, err = netip.ParseAddr(t)
+				break
+			}
+		}
+	}
+	return err
 }
 
 func usable(pool netip.Prefix, a netip.Addr) bool {
@@ -177,6 +205,7 @@ func newWalk(pool netip.Prefix, after netip.Addr) *walk {
 	if after.IsValid() && pool.Contains(after) {
 		w.start = after
 	}
+	w.restart()
 	return w
 }
 

@@ -1,6 +1,7 @@
 package db_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/signalbox-net/signalbox/db"
 	"github.com/signalbox-net/signalbox/db/dbtest"
+	"go4.org/mem"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 )
@@ -89,16 +91,28 @@ func BenchmarkRegister(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
+			ready := make([]*db.Node, 512) // keys cost more than rows to make
+			for i := range ready {
+				ready[i] = dbtest.NewNode(s.user)
+				ready[i].State = benchState(i)
+			}
 			i := 0
 			register := func() error {
-				n := dbtest.NewNode(s.user)
-				n.State = benchState(i)
+				n := *ready[i%len(ready)]
+				i++
+				if i > len(ready) {
+					// Another key, made from the one that is used.
+					raw := n.NodeKey.Raw32()
+					binary.LittleEndian.PutUint64(raw[:], uint64(i))
+					n.NodeKey = key.NodePublicFromRaw32(mem.B(raw[:]))
+					n.MachineKey = key.MachinePublicFromRaw32(mem.B(raw[:]))
+				}
 				_, err := s.Update(b.Context(), s.tailnet, admin, func(tx *db.Tx) error {
 					if _, err := tx.RedeemAuthKey(keyID, hash, n.MachineKey); err != nil {
 						return err
 					}
 					// All of one name, which is the hard case for FreeName.
-					if err := dbtest.Register(tx, n, pools, "localhost"); err != nil {
+					if err := dbtest.Register(tx, &n, pools, "localhost"); err != nil {
 						return err
 					}
 					return tx.Audit("node.create", n.GivenName, nil, n)

@@ -29,6 +29,8 @@ type Store struct {
 	health health
 	wake   *broadcast
 
+	suffixes suffixHints
+
 	// defaultTailnet is what View reads; 0 until it is known.
 	defaultTailnet atomic.Int64
 
@@ -51,7 +53,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if n := len(c.SecretsKey); n != 0 && n != 32 {
 		return nil, &InvalidError{Field: "SecretsKey", Msg: fmt.Sprintf("must have 32 bytes, not %d", n)}
 	}
-	s := &Store{c: c, log: c.Log, pg: c.Driver == DriverPostgres, wake: newBroadcast()}
+	s := &Store{c: c, log: c.Log, pg: c.Driver == DriverPostgres, wake: newBroadcast(), suffixes: suffixHints{}}
 	s.writer.store = s
 	s.health.store = s
 	var err error

@@ -38,32 +38,78 @@ func (tx *Tx) FreeName(base, forOwner string, reserved ...string) (string, error
 	for _, name := range reserved {
 		refused[name] = true
 	}
-	candidates := []string{base}
+	name, err := tx.freeName(base, forOwner, refused)
+	if err != nil {
+		return "", fmt.Errorf("find a free name: %w", err)
+	}
+	return name, nil
+}
+
+func (tx *Tx) freeName(base, forOwner string, refused map[string]bool) (string, error) {
+	// base is nearly always free; and where many nodes have one name, the next
+	// of its suffixes is.
+	hint := tx.conn.store.suffixes.get(tx.tailnet, base)
+	look := []string{base, suffixed(base, hint+1)}
+	candidates := []string{}
 	for n := 1; n <= 1<<17; n *= 2 {
 		candidates = append(candidates, suffixed(base, n))
 	}
-	// The first looks are at the names that are nearly always free.
-	for _, look := range [][]string{candidates[:2], candidates[2:]} {
-		taken, err := tx.takenNames(look, forOwner)
-		if err != nil {
-			return "", fmt.Errorf("find a free name: %w", err)
-		}
-		for i, name := range look {
-			if taken[name] || refused[name] || reservedNames[name] {
-				continue
-			}
-			if len(look) == 2 || i == 0 {
-				return name, nil
-			}
-			return tx.lowestSuffix(base, forOwner, 1<<i, 1<<(i+1), refused)
+	taken, err := tx.takenNames(look, forOwner)
+	if err != nil {
+		return "", err
+	}
+	for i, name := range look {
+		if !taken[name] && !refused[name] && !reservedNames[name] {
+			tx.suffix = suffix{tx.tailnet, base, i * (hint + 1)}
+			return name, nil
 		}
 	}
-	return "", fmt.Errorf("find a free name: %w: too many nodes named %s", ErrLimit, base)
+	if taken, err = tx.takenNames(candidates, forOwner); err != nil {
+		return "", err
+	}
+	for i, name := range candidates {
+		if taken[name] || refused[name] {
+			continue
+		}
+		n := 1 << i
+		if i > 1 {
+			if n, err = tx.lowestSuffix(base, forOwner, n/2, n, refused); err != nil {
+				return "", err
+			}
+		}
+		tx.suffix = suffix{tx.tailnet, base, n}
+		return suffixed(base, n), nil
+	}
+	return "", fmt.Errorf("%w: too many nodes named %s", ErrLimit, base)
+}
+
+// A suffix is the last one that was given out for a base.
+type suffix struct {
+	tailnet TailnetID
+	base    string
+	n       int
+}
+
+// suffixHints remembers the last suffix of some bases. It is only where to
+// look first: the rows decide. It belongs to whoever runs the transaction, and
+// learns what was kept.
+type suffixHints map[suffix]int
+
+func (h suffixHints) get(tailnet TailnetID, base string) int { return h[suffix{tailnet, base, 0}] }
+
+func (h suffixHints) learn(s suffix) {
+	if s.n == 0 {
+		return
+	}
+	if len(h) >= 1024 {
+		clear(h)
+	}
+	h[suffix{s.tailnet, s.base, 0}] = s.n
 }
 
 // lowestSuffix narrows down to a free suffix above low, which is taken, and not
 // above high, which is free.
-func (tx *Tx) lowestSuffix(base, forOwner string, low, high int, refused map[string]bool) (string, error) {
+func (tx *Tx) lowestSuffix(base, forOwner string, low, high int, refused map[string]bool) (int, error) {
 	const width = 16
 	for high-low > 1 {
 		step := max(1, (high-low)/(width+1))
@@ -75,7 +121,7 @@ func (tx *Tx) lowestSuffix(base, forOwner string, low, high int, refused map[str
 		}
 		taken, err := tx.takenNames(names, forOwner)
 		if err != nil {
-			return "", fmt.Errorf("find a free name: %w", err)
+			return 0, err
 		}
 		for i, n := range numbers {
 			if taken[names[i]] || refused[names[i]] {
@@ -86,7 +132,7 @@ func (tx *Tx) lowestSuffix(base, forOwner string, low, high int, refused map[str
 			break
 		}
 	}
-	return suffixed(base, high), nil
+	return high, nil
 }
 
 // suffixed is base-n, within a label's 63 characters.
@@ -101,18 +147,9 @@ func suffixed(base string, n int) string {
 // takenNames tells which names a node has or a former owner other than
 // forOwner may still claim.
 func (tx *Tx) takenNames(names []string, forOwner string) (map[string]bool, error) {
-	var found []string
-	q := tx.g.Raw("SELECT given_name FROM nodes WHERE tailnet_id = ? AND given_name IN ? UNION ALL "+
+	return tx.strings("SELECT given_name FROM nodes WHERE tailnet_id = ? AND given_name IN ? UNION ALL "+
 		"SELECT name FROM released_names WHERE tailnet_id = ? AND name IN ? AND released > ? AND owner <> ?",
 		tx.tailnet, names, tx.tailnet, names, micros(tx.now.Add(-holdFor)), forOwner)
-	if err := tx.err(q.Scan(&found).Error); err != nil {
-		return nil, err
-	}
-	taken := make(map[string]bool, len(found))
-	for _, name := range found {
-		taken[name] = true
-	}
-	return taken, nil
 }
 
 type releasedName struct {

@@ -79,6 +79,18 @@ func (r *Reader) rows(query string, args []any, each func(*sql.Rows) error) erro
 	return r.err(rows.Err())
 }
 
+// strings reads a query's only column.
+func (r *Reader) strings(query string, args ...any) (map[string]bool, error) {
+	out := map[string]bool{}
+	err := r.rows(query, args, func(rows *sql.Rows) error {
+		var s string
+		err := rows.Scan(&s)
+		out[s] = true
+		return err
+	})
+	return out, err
+}
+
 // find reads rows of one table by gorm and converts them.
 func find[Row, Record any](r *Reader, q *gorm.DB, convert func(*Row) (Record, error)) ([]Record, error) {
 	var rows []Row

@@ -171,8 +171,8 @@ func TestStatementsPerOperation(t *testing.T) {
 		{"create an auth key", 5, update(func(tx *db.Tx) error {
 			return tx.CreateAuthKey(&db.AuthKey{KeyID: keyID, Hash: hash, User: s.user.ID})
 		})},
-		// begin, lock | key, use, count, use | newest, IPv4, IPv6 | name | node, state | audit, changes, revision
-		{"register a node by key", 15, update(func(tx *db.Tx) error {
+		// begin, lock | key, use, count, use | newest, candidates | name | node, state | audit, changes, revision
+		{"register a node by key", 14, update(func(tx *db.Tx) error {
 			if _, err := tx.RedeemAuthKey(keyID, hash, node.MachineKey); err != nil {
 				return err
 			}

@@ -18,6 +18,7 @@ type Tx struct {
 
 	moved  []moved
 	audits []AuditEvent
+	suffix suffix // the newest one that FreeName found
 }
 
 type moved struct {
@@ -59,6 +60,7 @@ func (tx *Tx) keep() {
 	if t == nil {
 		return
 	}
+	tx.conn.store.suffixes.learn(tx.suffix)
 	if len(tx.moved) > 0 {
 		t.revision++
 		for i, m := range tx.moved {
