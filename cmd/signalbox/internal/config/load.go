@@ -223,6 +223,11 @@ func (l *loader) entry(o Origin, name string, vn *yaml.Node) {
 		l.set(k, o, vn)
 		return
 	}
+	if now, ok := renamed[name]; ok {
+		l.cfg.Warnings = append(l.cfg.Warnings, fmt.Sprintf("%v: %s is called %s now", o, name, now))
+		l.set(lookup(now), o, vn)
+		return
+	}
 	if isSection(name) {
 		l.section(o.File, name+".", vn)
 		return

@@ -56,7 +56,7 @@ var schema = []key{
 		Doc: "Name or IP address at which clients reach the relay and STUN."},
 	{Name: "derp.server.verify_clients", At: func(c *Config) any { return &c.DERP.Server.VerifyClients }, Default: true,
 		Inert: "the relay admits nodes of this server only",
-		Doc: "Accepted for Headscale's sake: the relay admits nodes of this server only."},
+		Doc:   "Accepted for Headscale's sake: the relay admits nodes of this server only."},
 	{Name: "derp.server.listen_addr", At: func(c *Config) any { return &c.DERP.Server.ListenAddr },
 		Derived: "127.0.0.1:8443, with the host of listen_addr when that is set", Shown: "127.0.0.1:8443",
 		Doc: "TLS listener of the relay, used only while server_url is http: clients speak nothing but TLS to a relay. Its self-signed certificate is pinned in the DERP map. With https the relay is part of the main listener."},
@@ -138,13 +138,13 @@ var schema = []key{
 		Doc:  "`false` (disable), `true` (require), or an sslmode of PostgreSQL: verify-full checks the certificate."},
 	{Name: "database.postgres.max_open_conns", At: func(c *Config) any { return &c.Database.Postgres.MaxOpenConns }, Default: 10,
 		Later: poolLater,
-		Doc: "Connections that the server opens at most. Not supported yet, as are the next two."},
+		Doc:   "Connections that the server opens at most. Not supported yet, as are the next two."},
 	{Name: "database.postgres.max_idle_conns", At: func(c *Config) any { return &c.Database.Postgres.MaxIdleConns }, Default: 10,
 		Later: poolLater,
-		Doc: "Connections that stay open without work."},
+		Doc:   "Connections that stay open without work."},
 	{Name: "database.postgres.conn_max_idle_time_secs", At: func(c *Config) any { return &c.Database.Postgres.ConnMaxIdleTimeSecs }, Default: 3600,
 		Later: poolLater,
-		Doc: "For how many seconds."},
+		Doc:   "For how many seconds."},
 
 	{Name: "acme_url", At: func(c *Config) any { return &c.ACMEURL }, Default: "https://acme-v02.api.letsencrypt.org/directory",
 		Doc: "Directory of the ACME server that issues the certificate for tls_letsencrypt_hostname."},
@@ -279,6 +279,11 @@ const (
 	tuningInert = "it tunes a part that does not exist here"
 )
 
+// renamed are old names that Headscale still takes, with the new ones.
+var renamed = map[string]string{
+	"ephemeral_node_inactivity_timeout": "node.ephemeral.inactivity_timeout",
+}
+
 // removed are keys that Headscale once had, with what to write instead. A
 // name that ends in a dot stands for everything below it.
 var removed = map[string]string{
@@ -296,7 +301,6 @@ var removed = map[string]string{
 	"dns.use_username_in_magic_dns":        "remove it: names of nodes never contain the user",
 	"ip_prefixes":                          "use prefixes.v4 and prefixes.v6",
 	"private_key_path":                     "remove it: keys of the pre-Noise protocol are not used",
-	"ephemeral_node_inactivity_timeout":    "use node.ephemeral.inactivity_timeout",
 	"node_update_check_interval":           "remove it: changes are sent when they happen",
 	"log_level":                            "use log.level",
 	"db_type":                              "use database.type",
@@ -307,8 +311,8 @@ var removed = map[string]string{
 	"db_user":                              "use database.postgres.user",
 	"db_pass":                              "use database.postgres.pass",
 	"db_ssl":                               "use database.postgres.ssl",
-	"oidc.strip_email_domain":              "remove it: users are identified by issuer and subject",
-	"oidc.map_legacy_users":                "remove it: users are identified by issuer and subject",
+	"oidc.strip_email_domain":              "users are identified by issuer and subject",
+	"oidc.map_legacy_users":                "users are identified by issuer and subject",
 	"oidc.expiry":                          "use node.expiry",
 	"randomize_client_port":                "use randomizeClientPort in the policy",
 	"tls_client_auth_mode":                 "remove it: client certificates are not supported",
