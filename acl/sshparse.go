@@ -107,7 +107,7 @@ func (r *reader) sshSides(ru *sshRule, src, dst []text) {
 	for _, t := range dst {
 		s, err := r.selector(t)
 		switch {
-		case err != nil && s.kind != selNone:
+		case err != nil && s.kind == selTag:
 			r.fail(t.at, "%v", err)
 		case err != nil:
 			r.fail(t.at, "invalid dst %q", t.s)
