@@ -53,7 +53,7 @@ func differs(n *tailcfg.Node, f *fact) string {
 		return fmt.Sprintf("name %q, the node itself has %q", n.Name, f.self.Name)
 	case n.ID != f.self.ID || n.StableID != f.self.StableID:
 		return fmt.Sprintf("ID %d %s, the node itself has %d %s", n.ID, n.StableID, f.self.ID, f.self.StableID)
-	case n.User != f.self.User || !slices.Equal(n.Tags, f.self.Tags):
+	case !slices.Equal(n.Tags, f.self.Tags) || n.User != ownerShown(f.self):
 		return fmt.Sprintf("user %d tags %v, the node itself has %d %v", n.User, n.Tags, f.self.User, f.self.Tags)
 	case !slices.Equal(n.Addresses, f.self.Addresses):
 		return fmt.Sprintf("addresses %v, the node itself has %v", n.Addresses, f.self.Addresses)
@@ -61,6 +61,20 @@ func differs(n *tailcfg.Node, f *fact) string {
 		return fmt.Sprintf("allowed IPs %v, the node itself has %v", n.AllowedIPs, f.self.AllowedIPs)
 	}
 	return ""
+}
+
+// taggedUser owns the tagged nodes that peers see, under the number that
+// Headscale uses.
+const taggedUser tailcfg.UserID = 2147455555
+
+// ownerShown is the user that a node's peers must see as its owner. To itself
+// a tagged node belongs to a user of its own, or clients would take all tagged
+// nodes for those of one person.
+func ownerShown(self *tailcfg.Node) tailcfg.UserID {
+	if len(self.Tags) > 0 {
+		return taggedUser
+	}
+	return self.User
 }
 
 // mismatch finds the first thing wrong with a client's view, beginning at peer
@@ -112,6 +126,8 @@ func (f *fleet) ownMismatch(c *client) string {
 		return fmt.Sprintf("own name %q, want host %q", n.Name, c.hostname)
 	case len(n.Addresses) == 0 || !n.MachineAuthorized || n.Expired:
 		return fmt.Sprintf("own node unusable: addresses %v, authorized %v, expired %v", n.Addresses, n.MachineAuthorized, n.Expired)
+	case n.User == taggedUser:
+		return "own node belongs to the user of tagged peers"
 	case !c.view.derpMap:
 		return "no DERP map"
 	case !c.view.profiles[n.User]:
