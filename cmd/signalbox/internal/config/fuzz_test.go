@@ -10,11 +10,10 @@ import (
 // Whatever the file holds, reading ends with a configuration or with problems
 // that have a text, and a configuration prints as YAML that reads back.
 func FuzzLoad(f *testing.F) {
-	example, err := os.ReadFile(examplePath)
-	if err != nil {
-		f.Fatal(err)
-	}
-	for _, s := range []string{string(example), "", "a: &a {<<: *a}", "derp: &d\n  <<: *d\n", "? [a]\n: b\n", "<<: [1]\n", "log: !!binary x\n",
+	for _, s := range []string{"",
+		"server_url: http://10.0.0.1:8080\nderp:\n  server: {enabled: on, ipv4: 10.0.0.1}\n  urls: [https://a.example]\nnode: {expiry: 1h30m}\n",
+		"dns:\n  nameservers:\n    split: {a.b: [1.1.1.1]}\n  extra_records:\n  - {name: x.y, type: A, value: 100.64.0.1}\ntrusted_proxies: [10.0.0.0/8]\n",
+		"a: &a {<<: *a}", "derp: &d\n  <<: *d\n", "? [a]\n: b\n", "<<: [1]\n", "log: !!binary x\n",
 		"dns:\n  extra_records:\n  - 1\n  - {name: {}}\n", "node:\n  expiry: 1e400y\n", "\xff", "- a\n", "unix_socket_permission: 99999999999\n"} {
 		f.Add(s)
 	}
