@@ -180,10 +180,17 @@ func (d *dialer) upgrade(tcp *countedConn, initial []byte) error {
 			return fmt.Errorf("upgrade: %w", err)
 		}
 	}
-	if rest := head[end+4:]; len(rest) > 0 {
-		tcp.pending = append([]byte(nil), rest...)
+	rest := bytes.Clone(head[end+4:])
+	if len(rest) > 0 {
+		tcp.pending = rest
 	}
-	return checkUpgrade(string(head[:end]))
+	err := checkUpgrade(string(head[:end]))
+	if r := (*refusal)(nil); errors.As(err, &r) {
+		// The server says why and closes.
+		text, _ := io.ReadAll(io.LimitReader(tcp, 200))
+		r.body = strings.TrimSpace(string(text))
+	}
+	return err
 }
 
 func checkUpgrade(head string) error {
@@ -193,7 +200,7 @@ func checkUpgrade(head string) error {
 		return fmt.Errorf("upgrade: answer %q", lines[0])
 	}
 	if status != 101 {
-		return &refusal{what: "upgrade", status: status, body: lines[0]}
+		return &refusal{what: "upgrade", status: status}
 	}
 	for _, line := range lines[1:] {
 		name, value, _ := strings.Cut(line, ":")

@@ -15,6 +15,7 @@ type figures struct {
 	Sample   int      `json:"sample"` // clients that decode their maps
 	Peers    float64  `json:"peers"`  // that the average client may see
 	IdleRSS  int64    `json:"idleRss"`
+	IdleLive int64    `json:"idleLive"`
 	Join     *joining `json:"join,omitempty"`
 	Change   *change  `json:"change,omitempty"`
 	Burst    *burst   `json:"burst,omitempty"`
@@ -101,7 +102,8 @@ type steady struct {
 	Wall       float64 `json:"wallS"`
 	ServerCPU  float64 `json:"serverCpuS"`
 	RSS        int64   `json:"rss"`
-	RSSClient  int64   `json:"rssClient"` // above the idle server, a client
+	RSSClient  int64   `json:"rssClient"`  // above the idle server, a client
+	LiveClient int64   `json:"liveClient"` // the same of heap and stacks in use after a collection
 	Goroutines int     `json:"goroutines"`
 }
 
@@ -152,8 +154,8 @@ func (f *figures) tables() string {
 			inTime(r.AllRight, r.Wrong), r.ServerCPU, r.LoadCPU, mib(r.PeakRSS), size(r.BytesClient), r.Frames, r.Broken, r.WentOffline)
 	}
 	if s := f.Steady; s != nil {
-		out += "\n| Run | wall s | server CPU s (of a core) | RSS MiB | RSS a client | goroutines |\n|---|---|---|---|---|---|\n"
-		out += fmt.Sprintf("| %s | %.1f | %.3f (%.2f %%) | %s | %s | %d |\n", f.Run, s.Wall, s.ServerCPU, 100*s.ServerCPU/s.Wall, mib(s.RSS), size(s.RSSClient), s.Goroutines)
+		out += "\n| Run | wall s | server CPU s (of a core) | RSS MiB | RSS a client | live a client | goroutines |\n|---|---|---|---|---|---|---|\n"
+		out += fmt.Sprintf("| %s | %.1f | %.3f (%.2f %%) | %s | %s | %s | %d |\n", f.Run, s.Wall, s.ServerCPU, 100*s.ServerCPU/s.Wall, mib(s.RSS), size(s.RSSClient), size(s.LiveClient), s.Goroutines)
 	}
 	return out
 }

@@ -246,6 +246,8 @@ func (o *options) begin(ctx context.Context, s *server, sc *scenario) (*run, err
 	for _, row := range r.fleet.sees {
 		r.figures.Peers += float64(row.count()) / float64(o.nodes)
 	}
+	// A collection first: what the start left behind is not the idle server's.
+	r.figures.IdleLive = s.live(ctx)
 	r.figures.IdleRSS, _ = memory(s.pid)
 	return r, nil
 }

@@ -398,5 +398,6 @@ func (r *run) steady(ctx context.Context, d time.Duration) {
 	out.RSS, _ = memory(r.server.pid)
 	out.RSSClient = (out.RSS - r.figures.IdleRSS) / int64(len(r.fleet.clients))
 	out.Goroutines = r.server.goroutines(ctx)
+	out.LiveClient = (r.server.live(ctx) - r.figures.IdleLive) / int64(len(r.fleet.clients))
 	r.check("steady")
 }

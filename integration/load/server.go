@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -260,19 +261,35 @@ func (s *server) createKey(ctx context.Context, what map[string]any) (string, er
 	return made.PreAuthKey.Key, err
 }
 
-// goroutines reads the count from the metrics listener; 0 when there is none.
-func (s *server) goroutines(ctx context.Context) int {
+// gauges reads numbers by name from the metrics listener; without one all are
+// 0.
+func (s *server) gauges(ctx context.Context, names ...string) []float64 {
+	out := make([]float64, len(names))
 	text, err := s.debug(ctx, "/metrics")
 	if err != nil {
-		return 0
+		return out
 	}
 	for line := range strings.Lines(string(text)) {
-		if rest, ok := strings.CutPrefix(line, "go_goroutines "); ok {
-			n, _ := strconv.ParseFloat(strings.TrimSpace(rest), 64)
-			return int(n)
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if i := slices.Index(names, name); i >= 0 {
+			out[i], _ = strconv.ParseFloat(value, 64)
 		}
 	}
-	return 0
+	return out
+}
+
+func (s *server) goroutines(ctx context.Context) int {
+	return int(s.gauges(ctx, "go_goroutines")[0])
+}
+
+// live returns the bytes of heap and stacks in use after a collection, which
+// it asks for; 0 without a metrics listener.
+func (s *server) live(ctx context.Context) int64 {
+	if _, err := s.debug(ctx, "/debug/pprof/heap?gc=1"); err != nil {
+		return 0
+	}
+	g := s.gauges(ctx, "go_memstats_heap_alloc_bytes", "go_memstats_stack_inuse_bytes")
+	return int64(g[0] + g[1])
 }
 
 // debug fetches a page of the metrics listener.
