@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -59,8 +60,14 @@ func HashID(id string) [32]byte { return sha256.Sum256([]byte(id)) }
 // begin starts an interactive login, or names again the one that waits already.
 func (a *attempt) begin(ctx context.Context) (*tailcfg.RegisterResponse, error) {
 	var url string
+	var fresh bool
+	info := shownHostinfo(a.req.Hostinfo)
+	if len(strings.Join(info.RequestTags, "")) > maxTagText {
+		return nil, refusal("too many tags are requested")
+	}
 	_, err := a.cfg.Ledger.Do(ctx, db.Actor{Kind: "unauthenticated", Source: a.source.String()}, func(tx *db.Tx) error {
-		if open, err := tx.PendingLogin(a.machine); err == nil && open.NodeKey == a.req.NodeKey && tx.Now().Before(open.Expires.Add(-time.Minute)) {
+		fresh = false
+		if open, err := tx.PendingLogin(a.machine); err == nil && a.repeats(open, info) && tx.Now().Before(open.Expires.Add(-time.Minute)) {
 			url = a.url(a.loginID(open))
 			return nil
 		} else if err != nil && !errors.Is(err, db.ErrNotFound) {
@@ -68,9 +75,10 @@ func (a *attempt) begin(ctx context.Context) (*tailcfg.RegisterResponse, error) 
 		}
 		row := &db.AuthRequest{
 			Kind: db.AuthRequestRegister, MachineKey: a.machine, NodeKey: a.req.NodeKey, OldNodeKey: a.req.OldNodeKey, NLKey: a.req.NLKey,
-			Hostinfo: a.req.Hostinfo, Expiry: a.req.Expiry, Ephemeral: a.req.Ephemeral, Cap: a.req.Version, Source: a.source.String(),
+			Hostinfo: info, Expiry: a.req.Expiry, Ephemeral: a.req.Ephemeral, Cap: a.req.Version, Source: a.source.String(),
 			Created: tx.Now(), Expires: tx.Now().Add(LoginTTL),
 		}
+		fresh = true
 		id := a.loginID(row)
 		row.Hash = HashID(id)
 		url = a.url(id)
@@ -82,7 +90,37 @@ func (a *attempt) begin(ctx context.Context) (*tailcfg.RegisterResponse, error) 
 	if err != nil {
 		return nil, fmt.Errorf("begin login: %w", err)
 	}
+	if fresh {
+		a.machines.Debit(machineKey(a.machine), a.cfg.Now(), 1) // whoever makes up logins without end writes no more than this allows
+	}
 	return &tailcfg.RegisterResponse{AuthURL: url}, nil
+}
+
+// repeats reports whether the request asks for what open already waits for.
+func (a *attempt) repeats(open *db.AuthRequest, info *tailcfg.Hostinfo) bool {
+	return open.NodeKey == a.req.NodeKey && open.OldNodeKey == a.req.OldNodeKey && open.Ephemeral == a.req.Ephemeral && open.Hostinfo != nil &&
+		open.Hostinfo.Hostname == info.Hostname && slices.Equal(open.Hostinfo.RequestTags, info.RequestTags)
+}
+
+// shownHostinfo is the part of Hostinfo that a pending login keeps: what the page shows and what the node is made with. Strangers store it, so
+// it is small; the rest comes with the first report.
+func shownHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
+	return &tailcfg.Hostinfo{
+		Hostname: h.Hostname, OS: cut(h.OS), OSVersion: cut(h.OSVersion), Distro: cut(h.Distro), DistroVersion: cut(h.DistroVersion),
+		DeviceModel: cut(h.DeviceModel), IPNVersion: cut(h.IPNVersion), RequestTags: h.RequestTags,
+	}
+}
+
+// maxTagText bounds the requested tags of a pending login, in bytes.
+const maxTagText = 1024
+
+// cut bounds a text of a pending login.
+func cut(s string) string {
+	const most = 64
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most], "")
 }
 
 func (r *Registrar) url(id string) string {
@@ -94,27 +132,33 @@ const errOther = refusal("this login does not exist or belongs to another device
 
 // followUp waits until a person has decided. It belongs to the machine and node key that began the login: whoever else knows the address
 // learns nothing.
-func (a *attempt) followUp(ctx context.Context) (*tailcfg.RegisterResponse, error) {
+func (a *attempt) followUp(ctx context.Context, known *tailnet.Node) (*tailcfg.RegisterResponse, error) {
 	id, ok := ParseID(a.req.Followup)
 	if !ok {
 		return nil, errOther
 	}
 	row, err := a.request(ctx, HashID(id))
-	if errors.Is(err, db.ErrNotFound) {
+	switch {
+	case errors.Is(err, db.ErrNotFound) && known != nil && !known.Dead():
+		return a.welcome(known.Node), nil // approved long ago: the answer was lost
+	case errors.Is(err, db.ErrNotFound):
 		return a.begin(ctx) // it expired: the client shows the new address
-	}
-	if err != nil {
+	case err != nil:
 		return nil, err
 	}
 	if row.MachineKey != a.machine || row.NodeKey != a.req.NodeKey || row.Kind != db.AuthRequestRegister {
 		return nil, errOther
 	}
 	wake, stop := a.Watch(row.ID)
-	defer stop()
-	if row.State == db.AuthRequestPending && !row.Followed {
+	if row.State == db.AuthRequestPending {
 		a.follow(ctx, row.ID, true)
-		defer a.follow(context.WithoutCancel(ctx), row.ID, false)
 	}
+	defer func() {
+		// A client that lost its connection asks again before the old request is seen to be dead: the last one to leave counts.
+		if last := stop(); last && row != nil && row.State == db.AuthRequestPending {
+			a.follow(context.WithoutCancel(ctx), row.ID, false)
+		}
+	}()
 	for {
 		if row, err = a.request(ctx, HashID(id)); errors.Is(err, db.ErrNotFound) {
 			return a.begin(ctx)
@@ -195,11 +239,14 @@ func (r *Registrar) follow(ctx context.Context, id int64, waits bool) {
 	})
 	if err != nil && !errors.Is(err, db.ErrNotFound) {
 		r.log.Warn("note a waiting login", "err", err)
+		return
 	}
+	r.log.Debug("login followed", "request", id, "waits", waits)
 }
 
-// Watch returns a channel with one slot that is filled when the auth request moves.
-func (r *Registrar) Watch(id int64) (<-chan struct{}, func()) {
+// Watch returns a channel with one slot that is filled when the auth request moves, and a function that ends the watch and reports whether
+// nobody else here watches the request.
+func (r *Registrar) Watch(id int64) (<-chan struct{}, func() (last bool)) {
 	ch := make(chan struct{}, 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -207,13 +254,15 @@ func (r *Registrar) Watch(id int64) (<-chan struct{}, func()) {
 		r.waiters[id] = map[chan struct{}]bool{}
 	}
 	r.waiters[id][ch] = true
-	return ch, func() {
+	return ch, func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		delete(r.waiters[id], ch)
-		if len(r.waiters[id]) == 0 {
-			delete(r.waiters, id)
+		if len(r.waiters[id]) > 0 {
+			return false
 		}
+		delete(r.waiters, id)
+		return true
 	}
 }
 
@@ -331,8 +380,10 @@ func (r *Registrar) Confirm(ctx context.Context, actor db.Actor, authID string) 
 		var d struct {
 			Seconds int64 `json:"checkPeriodSeconds"`
 		}
-		if err := json.Unmarshal(row.Detail, &d); err != nil {
-			return fmt.Errorf("stored check: %w", err)
+		if len(row.Detail) > 0 {
+			if err := json.Unmarshal(row.Detail, &d); err != nil {
+				return fmt.Errorf("stored check: %w", err)
+			}
 		}
 		if d.Seconds > 0 {
 			row.Expires = tx.Now().Add(time.Duration(d.Seconds) * time.Second)

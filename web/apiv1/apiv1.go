@@ -36,6 +36,8 @@ type Config struct {
 	Register Registrar
 	Auth     *auth.Checker
 
+	// Instance is this server's row, for the list of servers. 0: unknown.
+	Instance int64
 	// Pools are where backfilled addresses come from. A zero family is not
 	// filled.
 	Pools db.Pools
@@ -87,7 +89,7 @@ type server struct {
 // does.
 const requestTime = 10 * time.Second
 
-// New makes the handler of every path that begins with /api/v1. It looks at
+// New makes the handler of every path that begins with /api/v1, and of /api/signalbox/v1, where stands what Headscale lacks. It looks at
 // whole paths, so it may be mounted under any router.
 func New(c Config) http.Handler {
 	s := newServer(c)
@@ -127,6 +129,7 @@ func (s *server) routes() *chi.Mux {
 		}
 		s.refuse(w, r, &statusError{status: http.StatusMethodNotAllowed, detail: "this path does not know the method " + knownMethod(r.Method)})
 	})
+	m.Route("/api/signalbox/v1", s.ownRoutes)
 	m.Route("/api/v1", func(m chi.Router) {
 		m.Get("/health", s.handle(s.health))
 

@@ -83,14 +83,19 @@ func (s *server) first(ctx context.Context) error {
 	if created {
 		s.log.Info("new tailnet", "user", "admin", "data", s.cfg.DataDir)
 	}
-	if err := s.loadSecrets(ctx); err != nil {
+	if err := s.enrol(ctx); err != nil {
 		return err
 	}
+	return s.loadSecrets(ctx)
+}
+
+// enrol finds this server's row among those of the servers on this database, by the machine and the address that it listens on.
+func (s *server) enrol(ctx context.Context) error {
 	name, err := os.Hostname()
 	if err != nil {
 		name = "signalbox"
 	}
-	s.self = db.Instance{Name: name, Version: Version(), Started: s.started, Heartbeat: s.started}
+	s.self = db.Instance{Name: name + " " + s.cfg.ListenAddr, Version: Version(), Started: s.started, Heartbeat: s.started}
 	_, err = s.store.Update(ctx, s.tailnet, system, func(tx *db.Tx) error { return tx.Heartbeat(&s.self) })
 	if err != nil {
 		return fmt.Errorf("note this server: %w", err)

@@ -105,7 +105,7 @@ func hostOf(addr string) string {
 
 func (s *server) api() http.Handler {
 	return apiv1.New(apiv1.Config{
-		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, Replica: s.replica, Register: s.control.Register, Auth: s.checker, Pools: s.pools(),
+		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, Replica: s.replica, Register: s.control.Register, Auth: s.checker, Pools: s.pools(), Instance: s.self.ID,
 		PolicyMode: s.cfg.Policy.Mode, Reserved: s.reserved(), Log: s.log,
 	})
 }
@@ -121,8 +121,7 @@ func (s *server) mainHandler(api http.Handler) http.Handler {
 		}
 	}
 	r.Method(http.MethodPost, "/verify", derp.VerifyHandler(s.admit, s.mayVerify, listener.ClientAddr))
-	r.Handle("/api/v1", api)
-	r.Handle("/api/v1/*", api)
+	r.Handle("/api/*", api)
 	rest := pages.New(pages.Config{
 		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, ServerURL: s.cfg.ServerURL, Build: build(), Checks: s.checks(), Log: s.log,
 	})

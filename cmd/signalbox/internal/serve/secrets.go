@@ -24,6 +24,7 @@ type secrets struct {
 	noise key.MachinePrivate
 	derp  key.NodePrivate
 	id    []byte // see register.Config.IDKey
+	mesh  string // see derp.Config.MeshKey
 }
 
 // Names of the rows.
@@ -31,6 +32,7 @@ const (
 	secretNoise = "noise_private_key"
 	secretDERP  = "derp_private_key"
 	secretID    = "login_id_key"
+	secretMesh  = "derp_mesh_key"
 	secretCert  = "derp_certificate:" // and the relay's host name
 )
 
@@ -44,7 +46,12 @@ func (s *server) loadSecrets(ctx context.Context) error {
 	if err := s.secrets.noise.UnmarshalText([]byte(noise)); err != nil {
 		return fmt.Errorf("stored noise key: %w", err)
 	}
-	relay, err := s.privateKey(ctx, secretDERP, "derp.server.private_key_path", s.cfg.DERP.Server.PrivateKeyPath, func() string {
+	// Relays that forward to each other need keys of their own; a key file names that of the first.
+	relayRow, relayFile := secretDERP, s.cfg.DERP.Server.PrivateKeyPath
+	if s.self.ID > 1 {
+		relayRow, relayFile = fmt.Sprintf("%s:%d", secretDERP, s.self.ID), ""
+	}
+	relay, err := s.privateKey(ctx, relayRow, "derp.server.private_key_path", relayFile, func() string {
 		return marshalKey(key.NewNode())
 	}, nodePublic)
 	if err != nil {
@@ -56,12 +63,18 @@ func (s *server) loadSecrets(ctx context.Context) error {
 	if strings.TrimSpace(noise) == strings.TrimSpace(relay) {
 		return errors.New("derp.server.private_key_path and noise.private_key_path hold the same key; each needs its own")
 	}
-	s.secrets.id, err = s.secret(ctx, secretID, func() ([]byte, error) {
-		b := make([]byte, 32)
-		_, err := rand.Read(b)
-		return b, err
-	})
+	if s.secrets.id, err = s.secret(ctx, secretID, random); err != nil {
+		return err
+	}
+	mesh, err := s.secret(ctx, secretMesh, random)
+	s.secrets.mesh = hex.EncodeToString(mesh)
 	return err
+}
+
+func random() ([]byte, error) {
+	b := make([]byte, 32)
+	_, err := rand.Read(b)
+	return b, err
 }
 
 // secret returns the row under name, made on first use. Servers that start at the same moment agree on one.

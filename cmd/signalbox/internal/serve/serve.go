@@ -204,6 +204,7 @@ func (s *server) run(ctx context.Context) error {
 	for _, f := range s.files {
 		g.Go(func() error { return f.run(ctx) })
 	}
+	g.Go(func() error { return s.mesh(ctx) })
 	g.Go(func() error { return s.signals(ctx) })
 	g.Go(func() error {
 		<-ctx.Done()

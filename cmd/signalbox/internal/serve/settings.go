@@ -34,7 +34,7 @@ func (s *server) storeSettings(ctx context.Context) error {
 			Domains: s.cfg.Policy.Domains, Taildrop: s.cfg.Taildrop.Enabled, LogTail: s.cfg.LogTail.Enabled, AutoUpdate: s.cfg.AutoUpdate.Enabled,
 			ControlURL: noiseURL(s.cfg.ServerURL),
 		},
-		tailnet.SettingDERPMap: regions,
+		s.mapSetting(): regions,
 	}
 	if d.ExtraRecordsPath == "" {
 		records := []tailcfg.DNSRecord{}
@@ -68,10 +68,18 @@ func putSetting(tx *db.Tx, name string, doc any) error {
 
 // putDERPMap stores a new relay map, which then reaches the clients like any other change.
 func (s *server) putDERPMap(m *tailcfg.DERPMap) {
-	_, err := s.ledger.Do(context.Background(), system, func(tx *db.Tx) error { return putSetting(tx, tailnet.SettingDERPMap, m) })
+	_, err := s.ledger.Do(context.Background(), system, func(tx *db.Tx) error { return putSetting(tx, s.mapSetting(), m) })
 	if err != nil {
 		s.log.Error("store the relay map", "err", err)
 	}
+}
+
+// mapSetting is where this server's relay map is stored. Clients get the maps of all servers together.
+func (s *server) mapSetting() string {
+	if s.self.ID <= 1 {
+		return tailnet.SettingDERPMap
+	}
+	return fmt.Sprintf("%s/%d", tailnet.SettingDERPMap, s.self.ID)
 }
 
 // relayConfig translates the configuration's part on the relay. While the control URL is http the relay has a TLS listener of its own, since
@@ -82,8 +90,13 @@ func (s *server) relayConfig() (derp.Config, error) {
 	if err != nil {
 		return derp.Config{}, fmt.Errorf("server_url: %w", err)
 	}
+	instance := s.self.ID
+	if instance <= 1 {
+		instance = 0
+	}
 	cfg := derp.Config{
-		PrivateKey: s.secrets.derp, Admit: s.admit, RegionID: c.RegionID, RegionCode: c.RegionCode, RegionName: c.RegionName, HostName: c.HostName,
+		Instance:   instance,
+		PrivateKey: s.secrets.derp, MeshKey: s.secrets.mesh, Admit: s.admit, RegionID: c.RegionID, RegionCode: c.RegionCode, RegionName: c.RegionName, HostName: c.HostName,
 		IPv4: c.IPv4, IPv6: c.IPv6, STUNListen: c.STUNListenAddr, STUNSecondListen: c.STUNSecondListenAddr, BootstrapHosts: []string{u.Hostname()},
 		Source: listener.ClientAddr, Identified: listener.Identify, Log: s.log,
 		OnDuplicate: func(d derp.Duplicate) {

@@ -1,0 +1,143 @@
+package apiv1
+
+import (
+	"encoding/json"
+	"testing"
+
+	"tailscale.com/tailcfg"
+
+	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/acl/tailnetfile"
+	"github.com/signalbox-net/signalbox/db"
+)
+
+const own = "/api/signalbox/v1"
+
+// policyWorld has two people with a device each and a policy that lets alice reach bob's port 22.
+func policyWorld(t *testing.T) *world {
+	w := newWorld(t)
+	var ids []tailcfg.UserID
+	w.do(func(tx *db.Tx) error {
+		for _, name := range []string{"ann", "ben"} {
+			u := &db.User{Name: name}
+			if err := tx.CreateUser(u); err != nil {
+				return err
+			}
+			ids = append(ids, u.ID)
+		}
+		return nil
+	})
+	w.addNode("desk", ids[0], nil)
+	w.addNode("box", ids[1], nil)
+	get[PolicyResponse](w, "PUT", "/api/v1/policy", PolicyRequest{`{"acls":[{"action":"accept","src":["ann@"],"dst":["ben@:22"]}]}`})
+	return w
+}
+
+func TestExplainAnswersByTheLivePolicy(t *testing.T) {
+	w := policyWorld(t)
+	type answer struct{ Verdicts []verdict }
+	for _, c := range []struct {
+		query string
+		want  bool
+	}{{"src=desk&dst=box&port=22", true}, {"src=desk&dst=box&port=23", false}, {"src=box&dst=desk&port=22", false}} {
+		got := get[answer](w, "GET", own+"/policy/explain?"+c.query, nil)
+		if len(got.Verdicts) == 0 {
+			t.Fatalf("%s: no verdict", c.query)
+		}
+		for _, v := range got.Verdicts {
+			if v.Allowed != c.want {
+				t.Errorf("%s: allowed = %v (%s), want %v", c.query, v.Allowed, v.Reason, c.want)
+			}
+		}
+	}
+	w.refused(400, "query.src", "GET", own+"/policy/explain?src=nobody&dst=box", nil)
+	w.refused(400, "query.port", "GET", own+"/policy/explain?src=desk&dst=box&port=x", nil)
+	w.refused(400, "query.proto", "GET", own+"/policy/explain?src=desk&dst=box&port=1&proto=carrier-pigeon", nil)
+	w.refused(404, "version", "GET", own+"/policy/explain?src=desk&dst=box&version=999", nil)
+}
+
+func TestDiffTellsTheEffectAndStoresNothing(t *testing.T) {
+	w := policyWorld(t)
+	before := get[PolicyResponse](w, "GET", "/api/v1/policy", nil)
+	e := get[acl.Effect](w, "POST", own+"/policy/diff", PolicyRequest{`{"acls":[{"action":"accept","src":["ann@"],"dst":["ben@:22,80"]}]}`})
+	ports := map[string]bool{}
+	for _, f := range e.Flows {
+		ports[f.Allow] = f.Opened
+	}
+	if !ports["tcp:80"] || !ports["udp:80"] || len(ports) != 2 {
+		t.Errorf("flows = %+v, want port 80 opened and nothing else", e.Flows)
+	}
+	if after := get[PolicyResponse](w, "GET", "/api/v1/policy", nil); after.Policy != before.Policy {
+		t.Error("the policy was stored")
+	}
+	w.refused(400, "policy:1:", "POST", own+"/policy/diff", PolicyRequest{`{"acls": 5}`})
+}
+
+func TestRollbackMakesAnEarlierVersionLive(t *testing.T) {
+	w := policyWorld(t)
+	get[PolicyResponse](w, "PUT", "/api/v1/policy", PolicyRequest{`{"acls":[]}`})
+	type list struct{ Versions []PolicyVersionInfo }
+	versions := get[list](w, "GET", own+"/policy/versions", nil).Versions
+	if len(versions) < 2 || !versions[0].Live || versions[1].Live {
+		t.Fatalf("versions = %+v", versions)
+	}
+	path := own + "/policy/versions/" + jsonText(versions[1].Version)
+	old := get[PolicyVersionInfo](w, "GET", path, nil)
+	if old.Text == "" {
+		t.Fatal("no text")
+	}
+	get[PolicyVersionInfo](w, "POST", path+"/rollback", nil)
+	if live := get[PolicyResponse](w, "GET", "/api/v1/policy", nil); live.Policy != old.Text {
+		t.Errorf("live = %q, want %q", live.Policy, old.Text)
+	}
+	w.refused(404, "no policy version", "POST", own+"/policy/versions/99999/rollback", nil)
+	w.refused(400, "path.id", "GET", own+"/policy/versions/x", nil)
+}
+
+func TestExportCompilesOfflineToTheSame(t *testing.T) {
+	w := policyWorld(t)
+	rec := w.send("GET", own+"/tailnet", nil)
+	f, err := tailnetfile.Parse(rec.Body.Bytes())
+	if err != nil {
+		t.Fatalf("%v in %s", err, rec.Body)
+	}
+	facts, err := f.Tailnet()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := acl.Parse([]byte(f.Policy))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := acl.Compile(p, facts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := acl.Diff(w.replica.Current().Access(), a); !e.Empty() {
+		t.Errorf("the export differs from the live tailnet: %+v", e)
+	}
+}
+
+func TestAuditAndServersAreListed(t *testing.T) {
+	w := policyWorld(t)
+	type audit struct{ Events []AuditInfo }
+	events := get[audit](w, "GET", own+"/audit?limit=1000", nil).Events
+	found := false
+	for i, e := range events {
+		if e.Number != events[0].Number+int64(i) {
+			t.Errorf("event %d has number %d", i, e.Number)
+		}
+		found = found || e.Action == "policy.set"
+	}
+	if !found {
+		t.Errorf("no policy.set in %+v", events)
+	}
+	w.refused(400, "query.limit", "GET", own+"/audit?limit=-1", nil)
+	type servers struct{ Servers []ServerInfo }
+	get[servers](w, "GET", own+"/servers", nil)
+}
+
+func jsonText(v any) string {
+	b, _ := json.Marshal(v)
+	return string(b)
+}
