@@ -27,7 +27,7 @@ const (
 	// everything is cheaper.
 	maxFollow = 20_000
 	// idChunk bounds the ids of one statement.
-	idChunk = 500
+	idChunk = 200
 )
 
 // Load returns everything that a replica holds of a tailnet, at one revision.

@@ -21,6 +21,16 @@ func gormConfig(log *slog.Logger) *gorm.Config {
 	}
 }
 
+// rowBatch is how many rows one INSERT has. The SQLite driver's time to bind
+// grows with the square of a statement's variables (it looks each one up in a
+// list), while PostgreSQL pays for each round trip.
+func (s *Store) rowBatch() int {
+	if s.pg {
+		return 500
+	}
+	return 32
+}
+
 // gormLog passes gorm's own messages on. Statements are not logged: their
 // values are people's data, and errors reach the caller anyway.
 type gormLog struct{ log *slog.Logger }

@@ -218,12 +218,12 @@ func (g *group) flush(w *writer) error {
 	r := &Reader{g: g.store.session(g.ctx, g.conn), conn: g.conn}
 	for _, t := range g.tailnets {
 		if len(t.audit) > 0 {
-			if err := r.err(r.g.CreateInBatches(t.audit, 500).Error); err != nil {
+			if err := r.err(r.g.CreateInBatches(t.audit, g.store.rowBatch()).Error); err != nil {
 				return err
 			}
 		}
 		if len(t.changes) > 0 {
-			if err := r.err(r.g.CreateInBatches(t.changes, 1000).Error); err != nil {
+			if err := r.err(r.g.CreateInBatches(t.changes, g.store.rowBatch()).Error); err != nil {
 				return err
 			}
 			g.changes += len(t.changes)

@@ -105,7 +105,7 @@ func (tx *Tx) PutNodeStates(states map[tailcfg.NodeID]NodeState) error {
 	return nil
 }
 
-// stateBatch keeps a statement below SQLite's 32,766 variables.
+// stateBatch is how many states one look-up of existing nodes has.
 const stateBatch = 500
 
 func (tx *Tx) putStates(states map[tailcfg.NodeID]NodeState) (int, error) {
@@ -125,7 +125,7 @@ func (tx *Tx) putStates(states map[tailcfg.NodeID]NodeState) (int, error) {
 			rows[i] = stateToRow(id, tx.tailnet, &s)
 		}
 		upsert := clause.OnConflict{Columns: []clause.Column{{Name: "node_id"}}, UpdateAll: true}
-		if err := tx.err(tx.g.Clauses(upsert).Create(&rows).Error); err != nil {
+		if err := tx.err(tx.g.Clauses(upsert).CreateInBatches(&rows, tx.conn.store.rowBatch()).Error); err != nil {
 			return written, err
 		}
 		for _, id := range existing {

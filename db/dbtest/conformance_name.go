@@ -168,14 +168,17 @@ func testNameSuffixes(t *testing.T, f *fixture) {
 			t.Errorf("got %q, want %q", n.GivenName, want)
 		}
 	}
+	// Names that were not found by FreeName: it must search for the end.
 	f.update(func(tx *db.Tx) error {
-		for i := range 300 {
+		for i := range 60 {
 			n := NewNode(f.user)
-			if err := Register(tx, n, pools, "many"); err != nil {
-				return fmt.Errorf("node %d: %w", i, err)
+			n.IPv4 = netip.AddrFrom4([4]byte{100, 65, 0, byte(i)})
+			n.GivenName = strings.TrimSuffix(fmt.Sprintf("many-%d", i), "-0")
+			if err := tx.CreateNode(n); err != nil {
+				return err
 			}
-			if i > 0 && n.GivenName != fmt.Sprintf("many-%d", i) {
-				t.Fatalf("node %d is %s", i, n.GivenName)
+			if got, err := tx.FreeName("many", ""); got != fmt.Sprintf("many-%d", i+1) {
+				t.Errorf("after %s came %q, %v", n.GivenName, got, err)
 			}
 		}
 		return nil

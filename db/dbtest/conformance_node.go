@@ -188,20 +188,23 @@ func testNodePut(t *testing.T, f *fixture) {
 }
 
 func testNodeStates(t *testing.T, f *fixture) {
-	const n = 1200 // more than one statement holds
+	const n = 600 // more than one statement holds
 	states := map[tailcfg.NodeID]db.NodeState{}
-	f.update(func(tx *db.Tx) error {
-		for i := range n {
-			node := NewNode(f.user)
-			node.IPv4 = netip.AddrFrom4([4]byte{100, 64, byte(1 + i/250), byte(1 + i%250)})
-			node.GivenName = fmt.Sprintf("n%d", i)
-			if err := tx.CreateNode(node); err != nil {
-				return err
+	for i := 0; i < n; {
+		f.update(func(tx *db.Tx) error {
+			for range 50 {
+				node := NewNode(f.user)
+				node.IPv4 = netip.AddrFrom4([4]byte{100, 64, byte(1 + i/250), byte(1 + i%250)})
+				node.GivenName = fmt.Sprintf("n%d", i)
+				if err := tx.CreateNode(node); err != nil {
+					return err
+				}
+				states[node.ID] = db.NodeState{DiscoKey: key.NewDisco().Public(), HomeDERP: i, Online: i%2 == 0}
+				i++
 			}
-			states[node.ID] = db.NodeState{DiscoKey: key.NewDisco().Public(), HomeDERP: i, Online: i%2 == 0}
-		}
-		return nil
-	})
+			return nil
+		})
+	}
 	states[1<<40] = db.NodeState{HomeDERP: 1} // was deleted meanwhile
 	before := f.revision()
 	rev := f.update(func(tx *db.Tx) error { return tx.PutNodeStates(states) })
