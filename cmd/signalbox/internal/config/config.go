@@ -15,7 +15,7 @@
 //	cfg, err := config.Load(path, os.Environ(), config.Overrides{URL: url})
 //	// err is a Problems: all of them, sorted by position
 //	for _, w := range cfg.Warnings { log.Warn(w) }
-//	if err := cfg.CheckFiles(); err != nil { … }
+//	if err := cfg.CheckFiles(false); err != nil { … }
 //
 // Precedence, highest first: Overrides (command line), SIGNALBOX_A_B, then
 // HEADSCALE_A_B variables, the file, the defaults. Relative paths of the file
@@ -319,7 +319,7 @@ type Overrides struct {
 	URL            string // --url: sets server_url, all listen addresses and the relay's host name
 	AllowPlainHTTP bool   // --allow-plain-http
 
-	IsRoot  func() bool           // nil: the effective user of the process
-	IsLocal func(netip.Addr) bool // whether the address is one of this machine; nil: ask the system
-	Getwd   func() (string, error)
+	IsRoot  func() bool            // nil: the effective user of the process
+	IsLocal func(netip.Addr) bool  // whether the address is one of this machine; nil: ask the system
+	Getwd   func() (string, error) // nil: os.Getwd
 }

@@ -278,6 +278,9 @@ func checkRecord(n *yaml.Node, r *DNSRecord) error {
 	if r.Name == "" || r.Value == "" {
 		return at(n, "a record needs a name and a value")
 	}
+	if !isDomain(strings.TrimSuffix(r.Name, ".")) {
+		return at(n, "%q is not a domain name", r.Name)
+	}
 	a, err := netip.ParseAddr(r.Value)
 	if err != nil {
 		return at(n, "value of %s: want an IP address, got %q", r.Name, r.Value)

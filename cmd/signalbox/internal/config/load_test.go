@@ -67,6 +67,7 @@ func TestProblemsNamePlaceKeyAndRemedy(t *testing.T) {
 		"open metrics":  {"metrics_listen_addr: 8.8.8.8:9090\n", nil, Overrides{}, []string{"metrics_listen_addr: 8.8.8.8 is a public address"}},
 		"same keys":     {"noise:\n  private_key_path: k\nderp:\n  server:\n    private_key_path: k\n", nil, Overrides{}, []string{"config.yaml:5:5: derp.server.private_key_path: is the file of noise.private_key_path"}},
 		"record":        {"dns:\n  extra_records:\n    - {name: a.b, type: CNAME, value: 100.64.0.1}\n    - {name: a.b, type: A, value: fd7a::1}\n", nil, Overrides{}, []string{"config.yaml:3:7: dns.extra_records: type of a.b: want A or AAAA", "config.yaml:4:7: dns.extra_records: value of a.b: fd7a::1 does not fit type A"}},
+		"record name":   {"dns:\n  extra_records: [{name: a b, type: A, value: 100.64.0.1}]\n", nil, Overrides{}, []string{`config.yaml:2:19: dns.extra_records: "a b" is not a domain name`}},
 		"two records":   {"dns:\n  extra_records: [{name: a.b, type: A, value: 100.64.0.1}]\n  extra_records_path: r.json\n", nil, Overrides{}, []string{"config.yaml:3:3: dns.extra_records_path: contradicts dns.extra_records"}},
 		"postgres":      {"database:\n  type: postgres\n  postgres: {host: db, name: s}\n", nil, Overrides{}, []string{"config.yaml:2:3: database.type: postgres needs database.postgres.user"}},
 		"long socket":   {"unix_socket: /" + strings.Repeat("x", 107) + "\n", nil, Overrides{}, []string{"unix_socket: the path has 108 bytes, a unix socket may have 107"}},
