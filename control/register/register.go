@@ -125,9 +125,10 @@ type attempt struct {
 	source  netip.Addr
 }
 
+// admissible is false while the machine, or its network, pays for failures. A network's failures do not stop the nodes that live there.
 func (a *attempt) admissible() bool {
 	now := a.cfg.Now()
-	return !a.machines.Empty(machineKey(a.machine), now) && !a.sources.Empty(limit.Addr(a.source), now)
+	return !a.machines.Empty(machineKey(a.machine), now) && (a.cfg.Replica.Current().HasMachine(a.machine) || !a.sources.Empty(limit.Addr(a.source), now))
 }
 
 // failed charges the source of a failure. What ends well is free: a whole company may enrol from one address.
@@ -161,7 +162,7 @@ func (a *attempt) answer(w http.ResponseWriter, hr *http.Request, resp *tailcfg.
 		a.failed()
 		a.log.Info("registration refused", "machine", a.machine.ShortString(), "source", a.source, "reason", no.Error())
 		writeJSON(w, &tailcfg.RegisterResponse{Error: no.Error()})
-	case errors.Is(err, errForeign):
+	case errors.Is(err, errForeign), takenKey(err):
 		a.failed()
 		http.Error(w, errForeign.Error(), http.StatusUnauthorized)
 	case errors.Is(err, db.ErrUnavailable):
@@ -171,6 +172,12 @@ func (a *attempt) answer(w http.ResponseWriter, hr *http.Request, resp *tailcfg.
 		a.log.Error("register", "machine", a.machine.ShortString(), "err", err)
 		http.Error(w, "internal error", http.StatusInternalServerError)
 	}
+}
+
+// takenKey reports that the node key became another node's since the snapshot was looked at.
+func takenKey(err error) bool {
+	e := (*db.ExistsError)(nil)
+	return errors.As(err, &e) && e.Field == "NodeKey"
 }
 
 func writeJSON(w http.ResponseWriter, v any) {
@@ -198,8 +205,10 @@ func (a *attempt) serve(ctx context.Context) (*tailcfg.RegisterResponse, error) 
 	switch {
 	case known != nil && !req.Expiry.IsZero():
 		return a.changeExpiry(ctx, known)
+	case known == nil && a.logout():
+		return &tailcfg.RegisterResponse{}, nil // of a node that was deleted; an auth key that comes with it is not to be spent
 	case req.Followup != "":
-		return a.followUp(ctx)
+		return a.followUp(ctx, known)
 	case known != nil && known.Dead():
 		return &tailcfg.RegisterResponse{NodeKeyExpired: true}, nil
 	case known != nil:
@@ -211,16 +220,20 @@ func (a *attempt) serve(ctx context.Context) (*tailcfg.RegisterResponse, error) 
 	}
 }
 
-// changeExpiry serves logout, which is an expiry in the past, and an earlier expiry. A later one changes nothing.
+// logout reports whether the request asks to end the node key: by an expiry in the past.
+func (a *attempt) logout() bool { return !a.req.Expiry.IsZero() && !a.req.Expiry.After(a.cfg.Now()) }
+
+// changeExpiry serves logout and an earlier expiry. A later one changes nothing.
 func (a *attempt) changeExpiry(ctx context.Context, n *tailnet.Node) (*tailcfg.RegisterResponse, error) {
-	now := a.cfg.Now()
-	past := !a.req.Expiry.After(now)
+	past := a.logout()
 	_, err := a.cfg.Ledger.DoWait(ctx, a.actor(n.ID), func(tx *db.Tx) error {
 		rec, err := tx.Node(n.ID)
 		if err != nil {
 			return err
 		}
 		switch {
+		case rec.NodeKey != a.req.NodeKey: // renewed meanwhile: the old key has nothing to say
+			return nil
 		case past && rec.Ephemeral:
 			if err := tx.DeleteNode(rec.ID); err != nil {
 				return err
@@ -235,7 +248,7 @@ func (a *attempt) changeExpiry(ctx context.Context, n *tailnet.Node) (*tailcfg.R
 				return err
 			}
 			return tx.Audit("node.logout", target(rec), before, auditView(rec))
-		case !rec.Expiry.IsZero() && rec.Expiry.Before(a.req.Expiry), len(rec.Tags) > 0:
+		case !rec.Expiry.IsZero() && rec.Expiry.Before(a.req.Expiry), len(rec.Tags) > 0, rec.Expired:
 			return nil
 		default:
 			before := auditView(rec)
@@ -252,7 +265,7 @@ func (a *attempt) changeExpiry(ctx context.Context, n *tailnet.Node) (*tailcfg.R
 	if err != nil {
 		return nil, fmt.Errorf("change expiry: %w", err)
 	}
-	if past {
+	if past || n.Dead() {
 		return &tailcfg.RegisterResponse{NodeKeyExpired: true}, nil
 	}
 	return a.welcome(n.Node), nil
