@@ -9,14 +9,36 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// Limits on what a policy may expand to, far above what any sane one needs and
-// low enough to keep a hostile one from exhausting memory.
+// expansion is something that a policy may multiply. The limits are far above
+// what any sane policy needs and low enough to keep a hostile one from
+// exhausting memory.
+type expansion uint8
+
 const (
-	maxStrings = 8 << 20  // rendered source addresses of all distinct sources
-	maxTargets = 16 << 20 // destinations of all nodes' filters together
-	maxRules   = 1 << 20  // compiled rules, autogroup:self counting once per user
-	maxViews   = 16 << 20 // routes of all nodes' peer views together
+	sourceAddresses expansion = iota // of all distinct sources
+	ruleParts                        // destinations of rules, autogroup:self counting once per user
+	filterRules                      // of all nodes
+	filterPorts                      // of all nodes
+	viewRoutes                       // of all distinct peer views
+	sshRules                         // autogroup:self and localpart counting once per user
+	sshPrincipals                    // of all distinct sources
+	sshNodeRules                     // of all nodes
+	expansions
 )
+
+var limits = [expansions]struct {
+	max  int
+	what string
+}{
+	sourceAddresses: {8 << 20, "source addresses"},
+	ruleParts:       {1 << 20, "rules and destinations"},
+	filterRules:     {8 << 20, "filter rules"},
+	filterPorts:     {8 << 20, "filter destinations"},
+	viewRoutes:      {8 << 20, "visible routes"},
+	sshRules:        {1 << 18, "SSH rules"},
+	sshPrincipals:   {4 << 20, "SSH principals"},
+	sshNodeRules:    {8 << 20, "SSH rules of nodes"},
+}
 
 // Compile computes what the policy means for the tailnet. The error is of
 // type [Errors].
@@ -44,19 +66,17 @@ type compiler struct {
 	flows []*flow
 	merge map[mergeKey]*flow
 
-	budget map[string]int
+	own   []set // by user; see ownSet
+	spent [expansions]int
 }
 
 // overflow is the panic with which spend leaves the compilation.
 type overflow struct{ message string }
 
 // spend accounts for an expansion before it is made.
-func (c *compiler) spend(n, limit int, what string) {
-	if c.budget == nil {
-		c.budget = map[string]int{}
-	}
-	if c.budget[what] += n; c.budget[what] > limit {
-		panic(overflow{fmt.Sprintf("the policy expands to more than %d %s for this tailnet", limit, what)})
+func (c *compiler) spend(n int, on expansion) {
+	if c.spent[on] += n; c.spent[on] > limits[on].max {
+		panic(overflow{fmt.Sprintf("the policy expands to more than %d %s for this tailnet", limits[on].max, limits[on].what)})
 	}
 }
 
@@ -246,13 +266,21 @@ func (c *compiler) owners(src *sourceSet) []*owner {
 		if len(senders) == 0 {
 			continue
 		}
-		o := &owner{src: c.intern(senders, nil, false), all: newSet(c.n)}
-		for _, slot := range own {
-			o.all.add(int(slot))
-		}
-		out = append(out, o)
+		out = append(out, &owner{src: c.intern(senders, nil, false), all: c.ownSet(i)})
 	}
 	return out
+}
+
+// ownSet is the set of a user's untagged devices.
+func (c *compiler) ownSet(user int) set {
+	if c.own == nil {
+		c.own = make([]set, len(c.t.Users))
+	}
+	if c.own[user] == nil {
+		c.own[user] = newSet(c.n)
+		c.addUser(c.own[user], &c.t.Users[user])
+	}
+	return c.own[user]
 }
 
 func (c *compiler) via(ru *rule) *via {
@@ -329,11 +357,12 @@ func (c *compiler) addPorts(src *source, proto int, parts []part, v *via) {
 		c.merge[key] = f
 		c.addFlow(f)
 	}
+	c.spend(len(parts), ruleParts)
 	f.parts = append(f.parts, parts...)
 }
 
 func (c *compiler) addFlow(f *flow) {
-	c.spend(1, maxRules, "rules")
+	c.spend(1, ruleParts)
 	c.flows = append(c.flows, f)
 }
 

@@ -47,8 +47,15 @@ func (s *SSH) Equal(o *SSH) bool {
 func equalSSHRule(a, b SSHRule) bool {
 	return a.Check == b.Check && a.CheckAlways == b.CheckAlways && a.CheckPeriod == b.CheckPeriod &&
 		maps.Equal(a.SSHUsers, b.SSHUsers) && slices.Equal(a.AcceptEnv, b.AcceptEnv) &&
-		slices.EqualFunc(a.Principals, b.Principals, func(x, y *tailcfg.SSHPrincipal) bool { return x.NodeIP == y.NodeIP }) &&
+		equalPrincipals(a.Principals, b.Principals) &&
 		equalSSHAction(a.Action, b.Action) && equalSSHAction(a.Accepted, b.Accepted)
+}
+
+func equalPrincipals(a, b []*tailcfg.SSHPrincipal) bool {
+	if len(a) == len(b) && len(a) > 0 && &a[0] == &b[0] {
+		return true
+	}
+	return slices.EqualFunc(a, b, func(x, y *tailcfg.SSHPrincipal) bool { return x.NodeIP == y.NodeIP })
 }
 
 func equalSSHAction(a, b *tailcfg.SSHAction) bool {

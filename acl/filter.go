@@ -40,9 +40,8 @@ func (c *compiler) targets() [][]target {
 	total := 0
 	c.eachTarget(func(slot int, t target) {
 		counts[slot]++
-		if total++; total > maxTargets {
-			c.spend(total, maxTargets, "destinations")
-		}
+		c.spend(1, filterRules)
+		total++
 	})
 	slab := make([]target, 0, total)
 	out := make([][]target, c.n)
@@ -262,6 +261,7 @@ func (b *filterBuilder) dstPorts(f *flow, list []target) []tailcfg.NetPortRange 
 			n += len(pt.ports)
 		}
 	}
+	b.c.spend(n, filterPorts)
 	out := carve(&b.ports, n)
 	add := func(ip string, ports []tailcfg.PortRange) {
 		if ip == "" {

@@ -238,7 +238,7 @@ func (c *compiler) intern(list []int32, extra map[string]netipx.IPRange, any boo
 // render lists the source as SrcIPs, sorted as strings. Addresses are sorted
 // through ranks that were computed once.
 func (c *compiler) render(s *source) []string {
-	c.spend(2*len(s.nodes)+len(s.extra), maxStrings, "source addresses")
+	c.spend(2*len(s.nodes)+len(s.extra), sourceAddresses)
 	ranks := make([]int32, 0, 2*len(s.nodes))
 	for _, slot := range s.nodes {
 		if r := c.rank4[slot]; r >= 0 {

@@ -49,13 +49,15 @@ type sshBuilder struct {
 	c     *compiler
 	rules []SSHRule
 	nodes [][]int32 // by slot: indexes in rules
+
+	shared map[uint64][]sshSource
 }
 
 // sshPolicies compiles the ssh section. The client takes the first rule that
 // matches, and the stricter action is to win: rules that check come before
 // those that accept, otherwise in document order.
 func (c *compiler) sshPolicies() []*SSH {
-	b := &sshBuilder{c: c, nodes: make([][]int32, c.n)}
+	b := &sshBuilder{c: c, nodes: make([][]int32, c.n), shared: map[uint64][]sshSource{}}
 	for _, check := range [...]bool{true, false} {
 		for _, ru := range c.p.ssh {
 			if ru.check == check {
@@ -164,18 +166,20 @@ func (b *sshBuilder) splitRule(ru *sshRule, src, dst set, self bool) {
 // eachUser calls f for every user, in id order, who has untagged devices among
 // the sources: these, and all of the user's devices.
 func (b *sshBuilder) eachUser(src set, f func(u *User, from, own set)) {
-	users := make([]*User, 0, len(b.c.t.Users))
-	for i := range b.c.t.Users {
-		users = append(users, &b.c.t.Users[i])
+	users := make([]int, len(b.c.t.Users))
+	for i := range users {
+		users[i] = i
 	}
-	slices.SortFunc(users, func(x, y *User) int { return cmp.Compare(x.ID, y.ID) })
-	for _, u := range users {
-		own := newSet(b.c.n)
-		b.c.addUser(own, u)
-		from := own.clone()
-		if from.and(src); !from.empty() {
-			f(u, from, own)
+	slices.SortFunc(users, func(x, y int) int { return cmp.Compare(b.c.t.Users[x].ID, b.c.t.Users[y].ID) })
+	for _, i := range users {
+		u := &b.c.t.Users[i]
+		if !slices.ContainsFunc(b.c.byUser[u.ID], func(slot int32) bool { return src.has(int(slot)) }) {
+			continue
 		}
+		own := b.c.ownSet(i)
+		from := own.clone()
+		from.and(src)
+		f(u, from, own)
 	}
 }
 
@@ -197,19 +201,12 @@ func sshUsers(ru *sshRule) map[string]string {
 
 func (b *sshBuilder) add(ru *sshRule, from set, users map[string]string) int32 {
 	c := b.c
-	c.spend(1, maxRules, "ssh rules")
+	c.spend(1, sshRules)
 	r := SSHRule{Check: ru.check, CheckPeriod: ru.period, CheckAlways: ru.always, Line: c.p.lineOf(ru.at)}
 	if !ru.check {
 		r.CheckPeriod = 0
 	}
-	for slot := range from.all {
-		for _, ip := range [...]string{c.text4[slot], c.text6[slot]} {
-			if ip != "" {
-				r.Principals = append(r.Principals, &tailcfg.SSHPrincipal{NodeIP: ip})
-			}
-		}
-	}
-	c.spend(len(r.Principals), maxStrings, "ssh principals")
+	r.Principals = b.principals(from)
 	r.SSHUsers = users
 	r.AcceptEnv = ru.acceptEnv
 	r.Accepted = b.accepted(ru)
@@ -220,6 +217,33 @@ func (b *sshBuilder) add(ru *sshRule, from set, users map[string]string) int32 {
 	}
 	b.rules = append(b.rules, r)
 	return int32(len(b.rules) - 1)
+}
+
+// principals lists the addresses of the nodes. Rules with equal sources share
+// one list.
+func (b *sshBuilder) principals(from set) []*tailcfg.SSHPrincipal {
+	h := from.hash()
+	for _, s := range b.shared[h] {
+		if s.nodes.equal(from) {
+			return s.list
+		}
+	}
+	b.c.spend(2*from.count(), sshPrincipals)
+	s := sshSource{nodes: from.clone()}
+	for slot := range from.all {
+		for _, ip := range [...]string{b.c.text4[slot], b.c.text6[slot]} {
+			if ip != "" {
+				s.list = append(s.list, &tailcfg.SSHPrincipal{NodeIP: ip})
+			}
+		}
+	}
+	b.shared[h] = append(b.shared[h], s)
+	return s.list
+}
+
+type sshSource struct {
+	nodes set
+	list  []*tailcfg.SSHPrincipal
 }
 
 // recorderPort is where tsrecorder listens.
@@ -254,8 +278,7 @@ func (b *sshBuilder) accepted(ru *sshRule) *tailcfg.SSHAction {
 }
 
 func (b *sshBuilder) deliver(rule int32, to set) {
-	n := to.count()
-	b.c.spend(n, maxTargets, "ssh rules of nodes")
+	b.c.spend(to.count(), sshNodeRules)
 	for slot := range to.all {
 		b.nodes[slot] = append(b.nodes[slot], rule)
 	}

@@ -245,4 +245,3 @@ func values(list []tailcfg.RawMessage) string {
 	}
 	return "[" + strings.Join(out, ",") + "]"
 }
-
