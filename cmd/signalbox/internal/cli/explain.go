@@ -1,11 +1,9 @@
 package cli
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"strconv"
 	"strings"
 
@@ -13,7 +11,6 @@ import (
 	"tailscale.com/types/ipproto"
 
 	"github.com/signalbox-net/signalbox/acl"
-	"github.com/signalbox-net/signalbox/acl/tailnetfile"
 )
 
 // policyExplain answers why A reaches B or does not. It works on a tailnet
@@ -58,17 +55,9 @@ type explainer struct {
 }
 
 func (m *program) explainer(tailnet, path string) (*explainer, error) {
-	doc, err := os.ReadFile(tailnet)
+	f, t, err := readTailnet(tailnet)
 	if err != nil {
-		return nil, usageError{err}
-	}
-	f, err := tailnetfile.Parse(doc)
-	if err != nil {
-		return nil, usagef("%s: %w", tailnet, err)
-	}
-	t, err := f.Tailnet()
-	if err != nil {
-		return nil, usagef("%s: %w", tailnet, err)
+		return nil, err
 	}
 	text := []byte(f.Policy)
 	if path != "" {
@@ -78,19 +67,7 @@ func (m *program) explainer(tailnet, path string) (*explainer, error) {
 	} else if path = tailnet + " (policy)"; f.Policy == "" {
 		return nil, usagef("%s holds no policy: name one with -f", tailnet)
 	}
-	p, err := acl.Parse(text)
-	var a *acl.Access
-	if err == nil {
-		a, err = acl.Compile(p, t)
-	}
-	var errs acl.Errors
-	if errors.As(err, &errs) {
-		r := &tailnetfile.Rejection{Error: errs.Message()}
-		for _, e := range errs {
-			r.Errors = append(r.Errors, tailnetfile.Fault(*e))
-		}
-		return nil, m.refusePolicy(path, text, r)
-	}
+	a, err := m.compileText(path, text, t)
 	return &explainer{m, t, a}, err
 }
 

@@ -2,16 +2,13 @@ package cli
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
-	"github.com/tailscale/hujson"
 
 	"github.com/signalbox-net/signalbox/acl"
-	"github.com/signalbox-net/signalbox/acl/tailnetfile"
 )
 
 // policyFmt gives a policy the standard HuJSON layout. Comments stay.
@@ -23,19 +20,9 @@ func (m *program) policyFmt() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		// Parse checks the nesting, which hujson does not, and formatting what
-		// is wrong would move the faults.
-		var errs acl.Errors
-		if _, err := acl.Parse(text); errors.As(err, &errs) {
-			r := &tailnetfile.Rejection{Error: errs.Message()}
-			for _, e := range errs {
-				r.Errors = append(r.Errors, tailnetfile.Fault(*e))
-			}
-			return m.refusePolicy(path, text, r)
-		}
-		out, err := hujson.Format(bytes.Clone(text)) // it works in place
+		out, err := acl.Format(text)
 		if err != nil {
-			return err
+			return m.refuseErrors(path, text, err)
 		}
 		switch {
 		case list:

@@ -51,31 +51,14 @@ be read gives code 2.`
 // covers what the text alone can tell.
 func (m *program) checkOffline(path, tailnet string, text []byte) error {
 	if tailnet == "" {
-		_, err := acl.Parse(text)
-		var errs acl.Errors
-		if err != nil && !errors.As(err, &errs) {
-			return err
-		}
-		var faults []tailnetfile.Fault
-		for _, e := range errs {
-			faults = append(faults, tailnetfile.Fault(*e))
-		}
-		if len(faults) > 0 {
-			return m.refusePolicy(path, text, &tailnetfile.Rejection{Error: errs.Message(), Errors: faults})
+		if _, err := acl.Parse(text); err != nil {
+			return m.refuseErrors(path, text, err)
 		}
 		return m.print(result("Policy is valid"), "Policy is valid (its text: users, nodes and tests need a server or --tailnet)")
 	}
-	doc, err := os.ReadFile(tailnet)
+	_, t, err := readTailnet(tailnet)
 	if err != nil {
-		return usageError{err}
-	}
-	f, err := tailnetfile.Parse(doc)
-	if err != nil {
-		return usagef("%s: %w", tailnet, err)
-	}
-	t, err := f.Tailnet()
-	if err != nil {
-		return usagef("%s: %w", tailnet, err)
+		return err
 	}
 	compiled, rejection, err := tailnetfile.CompilePolicy(t, text)
 	if err != nil {
@@ -91,6 +74,50 @@ func (m *program) checkOffline(path, tailnet string, text []byte) error {
 		fmt.Fprintln(m.Stderr, "warning: "+withCaret(path, text, w.Line, w.Column, w.Message))
 	}
 	return m.print(nil, "Policy is valid")
+}
+
+// readTailnet reads a tailnet file. Its errors are about usage.
+func readTailnet(path string) (*tailnetfile.File, *acl.Tailnet, error) {
+	doc, err := os.ReadFile(path)
+	if err != nil {
+		return nil, nil, usageError{err}
+	}
+	f, err := tailnetfile.Parse(doc)
+	if err != nil {
+		return nil, nil, usagef("%s: %w", path, err)
+	}
+	t, err := f.Tailnet()
+	if err != nil {
+		return nil, nil, usagef("%s: %w", path, err)
+	}
+	return f, t, nil
+}
+
+// compileText makes a policy text into its effect on a tailnet. What is wrong
+// with the text is shown as refusePolicy does.
+func (m *program) compileText(path string, text []byte, t *acl.Tailnet) (*acl.Access, error) {
+	p, err := acl.Parse(text)
+	if err != nil {
+		return nil, m.refuseErrors(path, text, err)
+	}
+	a, err := acl.Compile(p, t)
+	if err != nil {
+		return nil, m.refuseErrors(path, text, err)
+	}
+	return a, nil
+}
+
+// refuseErrors is refusePolicy for the error of package acl.
+func (m *program) refuseErrors(path string, text []byte, err error) error {
+	var errs acl.Errors
+	if !errors.As(err, &errs) {
+		return err
+	}
+	r := &tailnetfile.Rejection{Error: errs.Message()}
+	for _, e := range errs {
+		r.Errors = append(r.Errors, tailnetfile.Fault(*e))
+	}
+	return m.refusePolicy(path, text, r)
 }
 
 // refusePolicy shows all faults and ends with code 1.

@@ -20,7 +20,7 @@ func (m *program) policyCmd() *cobra.Command {
 	g := m.group("policy", "Manage the access policy")
 	get, set, check := m.policyGet(), m.policySet(), m.policyCheck()
 	noBypass(get, set, check)
-	g.AddCommand(get, set, check, m.policyCompile(), m.policyExplain(), m.policyFmt())
+	g.AddCommand(get, set, check, m.policyCompile(), m.policyExplain(), m.policyDiff(), m.policyFmt())
 	return g
 }
 
