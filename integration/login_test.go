@@ -5,10 +5,12 @@ import (
 	"io"
 	"net/http"
 	"path"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnstate"
 )
 
@@ -67,8 +69,8 @@ func TestRejectedLogin(t *testing.T) {
 	}
 }
 
-// TestInteractiveRenewal has a connected client log in again by the page: it
-// keeps its node, and its old key serves it until the approval.
+// TestInteractiveRenewal has a connected client ask for a new node key: it keeps
+// its node, and the old key serves it until the new one is approved.
 func TestInteractiveRenewal(t *testing.T) {
 	lab := Open(t)
 	server := lab.Server(t, ServerConfig{})
@@ -77,17 +79,42 @@ func TestInteractiveRenewal(t *testing.T) {
 	two(t, server, a, b)
 	addr := b.IPv4(t)
 	before := server.Node(t, addr)
-	page, wait := b.Login(t, server, "--force-reauth")
-	a.AwaitTCP(t, addr, 7000, 10*time.Second)
-	server.CLI(t, "auth", "register", "--user", "alice", "--auth-id", path.Base(page))
-	wait()
-	b.Await(t, "running with the same address", 10*time.Second, func(st *ipnstate.Status) bool {
-		return st.BackendState == "Running" && len(st.TailscaleIPs) > 0 && st.TailscaleIPs[0] == addr
+	// A client remembers the key that it joined by until it ends.
+	b.Kill()
+	b.Start(t)
+	b.AwaitPeers(t, 1)
+	a.AwaitPeers(t, 1)
+	Meet(t, a, b)
+	vigil := a.Vigil(t, "b is offline or gone", func(st *ipnstate.Status) bool { return !online(st, b) })
+	flow := a.Flow(t, addr, 7000)
+
+	// As a person does it in a client's menu. `tailscale up --force-reauth`
+	// drops the old session on its own side before it asks.
+	if err := b.API.StartLoginInteractive(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	st, _ := b.Await(t, "a login page", 10*time.Second, func(st *ipnstate.Status) bool { return st.AuthURL != "" })
+	if st.BackendState != ipn.Running.String() {
+		t.Errorf("the client is %s while it waits, want it running", st.BackendState)
+	}
+	a.AwaitTCP(t, addr, 7000, 2*time.Second)
+	server.CLI(t, "auth", "register", "--user", "alice", "--auth-id", path.Base(st.AuthURL))
+	b.Await(t, "running without a login page", 10*time.Second, func(st *ipnstate.Status) bool {
+		return st.BackendState == ipn.Running.String() && st.AuthURL == "" && slices.Contains(st.TailscaleIPs, addr)
 	})
-	if after := server.Node(t, addr); after.ID != before.ID || after.NodeKey == before.NodeKey {
+	after := server.Node(t, addr)
+	if after.ID != before.ID || after.NodeKey == before.NodeKey {
 		t.Errorf("renewed node is %+v, before it was %+v", after, before)
 	}
+	a.Await(t, "b's new key", 10*time.Second, func(st *ipnstate.Status) bool {
+		p := Peer(st, addr)
+		return p != nil && p.PublicKey.String() == after.NodeKey
+	})
 	a.AwaitTCP(t, addr, 7000, 10*time.Second)
+	// A handshake with the new key that reaches the client before the server's
+	// answer does is lost, and WireGuard repeats it after five seconds.
+	flow.Unbroken(t, 8*time.Second)
+	vigil.End(t)
 }
 
 // Get fetches a page of the server and checks its status code.

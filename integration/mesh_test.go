@@ -80,6 +80,7 @@ func TestFirstMesh(t *testing.T) {
 				continue
 			}
 			t.Run(from.Version+" to "+to.Version, func(t *testing.T) {
+				Meet(t, from, to)
 				if via := from.PingDirect(t, to); via.Addr() != to.Addr {
 					t.Errorf("direct path goes to %v, want %v", via, to.Addr)
 				}
@@ -139,7 +140,7 @@ func TestPolicyChangeReachesClients(t *testing.T) {
 	}
 	a.AwaitPeers(t, 2)
 	for _, to := range []*Client{b, old} {
-		a.PingDirect(t, to)
+		Meet(t, a, to)
 		a.AwaitTCP(t, to.IPv4(t), 7000, 10*time.Second)
 		a.RefusedTCP(t, to.IPv4(t), 7001)
 	}
@@ -160,7 +161,7 @@ func TestPolicyChangeReachesClients(t *testing.T) {
 		a.AwaitTCP(t, to.IPv4(t), 7001, time.Second)
 		t.Logf("open to %s %v after the new policy was stored", to.Version, time.Since(start).Round(time.Millisecond))
 	}
-	flow.Unbroken(t)
+	flow.Unbroken(t, 2*time.Second)
 
 	server.SetPolicy(t, ports("7000"))
 	target := b.IPv4(t)

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"path"
 	"slices"
 	"strings"
 	"testing"
@@ -26,6 +27,7 @@ func two(t *testing.T, server *Server, a, b *Client) (user string) {
 	}
 	a.AwaitPeers(t, 1)
 	b.AwaitPeers(t, 1)
+	Meet(t, a, b)
 	a.AwaitTCP(t, b.IPv4(t), 7000, 10*time.Second)
 	return user
 }
@@ -45,6 +47,7 @@ func TestDeletedNodeLogsInAgain(t *testing.T) {
 			c.Up(t, server, key)
 			stays.AwaitPeers(t, 1)
 			addr := c.IPv4(t)
+			Meet(t, c, stays)
 			c.AwaitTCP(t, stays.IPv4(t), 7000, 10*time.Second)
 
 			server.CLI(t, "nodes", "delete", "-i", server.Node(t, addr).ID, "--force")
@@ -56,8 +59,9 @@ func TestDeletedNodeLogsInAgain(t *testing.T) {
 				t.Errorf("%d nodes are left: %+v", len(nodes), nodes)
 			}
 
-			c.Up(t, server, key, "--force-reauth")
+			c.Up(t, server, key)
 			stays.AwaitPeers(t, 1)
+			Meet(t, c, stays)
 			c.AwaitTCP(t, stays.IPv4(t), 7000, 10*time.Second)
 			server.CLI(t, "nodes", "delete", "-i", server.Node(t, c.IPv4(t)).ID, "--force")
 			stays.Await(t, "no peers", 5*time.Second, func(st *ipnstate.Status) bool { return len(st.Peer) == 0 })
@@ -66,23 +70,39 @@ func TestDeletedNodeLogsInAgain(t *testing.T) {
 }
 
 // TestNodeDeletedWhileOffline deletes a node whose client does not run: it is
-// told when it comes back, instead of asking in vain for ever.
+// told when it comes back, instead of asking in vain for ever or showing what it
+// remembers, and a person can log it in again.
 func TestNodeDeletedWhileOffline(t *testing.T) {
 	lab := Open(t)
 	server := lab.Server(t, ServerConfig{})
+	user := server.User(t, "alice")
+	key := server.Key(t, user, "--reusable")
 	a := lab.Client(t, ClientConfig{Name: "a"})
-	b := lab.Client(t, ClientConfig{Name: "b", Version: Versions[1]})
-	user := two(t, server, a, b)
-	addr := b.IPv4(t)
-	b.Kill()
-	server.CLI(t, "nodes", "delete", "-i", server.Node(t, addr).ID, "--force")
-	a.Await(t, "no peers", 5*time.Second, func(st *ipnstate.Status) bool { return len(st.Peer) == 0 })
+	a.Up(t, server, key)
+	a.Echo(t, 7000)
+	for _, version := range Versions {
+		t.Run(version, func(t *testing.T) {
+			b := lab.Client(t, ClientConfig{Version: version})
+			b.Up(t, server, key)
+			a.AwaitPeers(t, 1)
+			addr := b.IPv4(t)
+			b.Kill()
+			server.CLI(t, "nodes", "delete", "-i", server.Node(t, addr).ID, "--force")
+			a.Await(t, "no peers", 5*time.Second, func(st *ipnstate.Status) bool { return len(st.Peer) == 0 })
 
-	b.Start(t)
-	b.Await(t, "a need to log in", 15*time.Second, needsLogin)
-	b.Up(t, server, server.Key(t, user), "--force-reauth")
-	a.AwaitPeers(t, 1)
-	a.AwaitTCP(t, b.IPv4(t), 7000, 10*time.Second)
+			b.Start(t)
+			_, took := b.Await(t, "a need to log in", 10*time.Second, needsLogin)
+			t.Logf("told after %v", took.Round(time.Millisecond))
+			page, wait := b.Login(t, server)
+			server.CLI(t, "auth", "register", "--user", "alice", "--auth-id", path.Base(page))
+			wait()
+			a.AwaitPeers(t, 1)
+			Meet(t, a, b)
+			b.AwaitTCP(t, a.IPv4(t), 7000, 10*time.Second)
+			server.CLI(t, "nodes", "delete", "-i", server.Node(t, b.IPv4(t)).ID, "--force")
+			a.Await(t, "no peers", 5*time.Second, func(st *ipnstate.Status) bool { return len(st.Peer) == 0 })
+		})
+	}
 }
 
 // TestLogout logs a client out: its peers stop using it, and a new login of the
@@ -133,11 +153,12 @@ func TestKeyExpiry(t *testing.T) {
 			})
 			a.RefusedTCP(t, addr, 7000)
 
-			b.Up(t, server, server.Key(t, user), "--force-reauth")
+			b.Up(t, server, server.Key(t, user))
 			a.Await(t, "b online with its address", 10*time.Second, func(st *ipnstate.Status) bool {
 				p := Peer(st, addr)
 				return p != nil && p.Online && !p.Expired
 			})
+			Meet(t, a, b)
 			a.AwaitTCP(t, addr, 7000, 10*time.Second)
 			after := server.Node(t, addr)
 			if after.ID != before.ID || !slices.Equal(after.IPAddresses, before.IPAddresses) {
@@ -216,6 +237,7 @@ func TestTags(t *testing.T) {
 		if n := server.Node(t, c.IPv4(t)); !slices.Equal(n.Tags, []string{"tag:web"}) || n.Expiry != nil {
 			t.Errorf("%s is listed as %+v, want its tag and no expiry", c.Name, n)
 		}
+		Meet(t, a, c)
 		a.AwaitTCP(t, c.IPv4(t), 7000, 10*time.Second)
 		a.RefusedTCP(t, c.IPv4(t), 7001)
 	}

@@ -52,7 +52,7 @@ func TestKillServer(t *testing.T) {
 		c.AwaitTCP(t, to.IPv4(t), 7000, 20*time.Second)
 		to.AwaitTCP(t, c.IPv4(t), 7000, 20*time.Second)
 	}
-	flow.Unbroken(t)
+	flow.Unbroken(t, 2*time.Second)
 	for _, v := range offline {
 		v.End(t)
 	}
