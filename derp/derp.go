@@ -66,6 +66,14 @@ type Config struct {
 	// RegionID is tailcfg.DERPRegion.RegionID, at least 900 (lower ones are
 	// Tailscale's own). Zero means 999.
 	RegionID int
+	// Instance tells apart the relays of one region, whose nodes need names of
+	// their own. Zero for the only one.
+	Instance int64
+	// MeshKey joins the relays of one region: 64 hex digits, the same for all.
+	// Empty means that this relay forwards to no other and lets no other
+	// watch it.
+	MeshKey string
+
 	// RegionCode is tailcfg.DERPRegion.RegionCode. Empty means "signalbox".
 	RegionCode string
 	// RegionName is tailcfg.DERPRegion.RegionName. Empty means "Signalbox".
@@ -191,6 +199,11 @@ func New(cfg Config) (*Server, error) {
 		cfg.Log.Debug("relay", "msg", fmt.Sprintf(format, args...))
 	})
 	s.relay.SetVerifyClientURL(admissionURL)
+	if cfg.MeshKey != "" {
+		if err := s.relay.SetMeshKey(cfg.MeshKey); err != nil {
+			return nil, fmt.Errorf("mesh key: %w", err)
+		}
+	}
 	s.relay.UpdateRateLimits(derpserver.RateConfig{
 		PerClientRateLimitBytesPerSec: cfg.ClientRate,
 		PerClientRateBurstBytes:       cfg.ClientBurst,

@@ -47,7 +47,7 @@ func (s *Server) Region() *tailcfg.DERPRegion {
 	c := &s.cfg
 	v4, v6 := publishedAddrs(c)
 	relay := &tailcfg.DERPNode{
-		Name:      fmt.Sprintf("%da", c.RegionID),
+		Name:      c.nodeName("a"),
 		RegionID:  c.RegionID,
 		HostName:  c.HostName,
 		IPv4:      v4,
@@ -74,7 +74,7 @@ func (s *Server) Region() *tailcfg.DERPRegion {
 	}
 	if p := stunPort(stun[1], c.STUNSecondListen); p != 0 {
 		r.Nodes = append(r.Nodes, &tailcfg.DERPNode{
-			Name:     fmt.Sprintf("%db", c.RegionID),
+			Name:     c.nodeName("b"),
 			RegionID: c.RegionID,
 			HostName: c.HostName,
 			IPv4:     v4,
@@ -84,6 +84,14 @@ func (s *Server) Region() *tailcfg.DERPRegion {
 		})
 	}
 	return r
+}
+
+// nodeName is a name that no other node of the map has.
+func (c *Config) nodeName(kind string) string {
+	if c.Instance == 0 {
+		return fmt.Sprintf("%d%s", c.RegionID, kind)
+	}
+	return fmt.Sprintf("%d%s-%d", c.RegionID, kind, c.Instance)
 }
 
 // publishedAddrs are tailcfg.DERPNode.IPv4 and IPv6. A client takes an empty

@@ -3,7 +3,10 @@ package tailnet
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"tailscale.com/tailcfg"
 
@@ -15,7 +18,7 @@ import (
 const (
 	SettingDNS          = "dns"           // DNS
 	SettingExtraRecords = "extra_records" // []tailcfg.DNSRecord
-	SettingDERPMap      = "derp_map"      // tailcfg.DERPMap
+	SettingDERPMap      = "derp_map"      // tailcfg.DERPMap; servers beside the first store theirs under this name, a slash and their number
 	SettingOptions      = "options"       // Options
 )
 
@@ -45,10 +48,11 @@ type Options struct {
 type Settings struct {
 	DNS     DNS
 	Records []tailcfg.DNSRecord
-	DERPMap *tailcfg.DERPMap
+	DERPMap *tailcfg.DERPMap // the servers' maps together
 	Options Options
 
-	raw map[string]string // name to hash, to see what moved
+	maps map[string]*tailcfg.DERPMap // by setting
+	raw  map[string]string           // name to hash, to see what moved
 }
 
 // Suffix is the MagicDNS suffix with the trailing dot.
@@ -56,13 +60,10 @@ func (s *Settings) Suffix() string { return s.DNS.BaseDomain + "." }
 
 // parseSettings reads the stored documents. A document that does not parse keeps what prev says: an older server may meet a newer one's.
 func parseSettings(prev *Settings, rows map[string]*db.Setting) (*Settings, error) {
-	s := &Settings{DERPMap: &tailcfg.DERPMap{}, raw: map[string]string{}}
+	s := &Settings{DERPMap: &tailcfg.DERPMap{}, raw: map[string]string{}, maps: map[string]*tailcfg.DERPMap{}}
 	if prev != nil {
 		*s = *prev
-		s.raw = make(map[string]string, len(prev.raw))
-		for k, v := range prev.raw {
-			s.raw[k] = v
-		}
+		s.raw, s.maps = maps.Clone(prev.raw), maps.Clone(prev.maps)
 	}
 	var first error
 	for name, row := range rows {
@@ -76,11 +77,55 @@ func parseSettings(prev *Settings, rows map[string]*db.Setting) (*Settings, erro
 			continue
 		}
 		s.raw[name] = row.Hash
+		if strings.HasPrefix(name, SettingDERPMap) {
+			s.mergeMaps()
+		}
 	}
 	return s, first
 }
 
+// mergeMaps joins the servers' relay maps: regions side by side, nodes of one region in the order of the servers. What a later map repeats is
+// left out.
+func (s *Settings) mergeMaps() {
+	out := &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{}}
+	var key strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(s.maps)) {
+		m := s.maps[name]
+		key.WriteString(s.raw[name] + " ")
+		if m.HomeParams != nil {
+			out.HomeParams = m.HomeParams
+		}
+		for id, r := range m.Regions {
+			have := out.Regions[id]
+			if have == nil {
+				c := *r
+				c.Nodes = slices.Clone(r.Nodes)
+				out.Regions[id] = &c
+				continue
+			}
+			for _, n := range r.Nodes {
+				if !slices.ContainsFunc(have.Nodes, func(o *tailcfg.DERPNode) bool { return o.Name == n.Name }) {
+					have.Nodes = append(have.Nodes, n)
+				}
+			}
+		}
+	}
+	s.DERPMap = out
+	s.raw[mergedMaps] = key.String()
+}
+
+// mergedMaps stands in raw for all relay maps together.
+const mergedMaps = "*" + SettingDERPMap
+
 func (s *Settings) read(name string, value json.RawMessage) error {
+	if name == SettingDERPMap || strings.HasPrefix(name, SettingDERPMap+"/") {
+		v := new(tailcfg.DERPMap)
+		if err := json.Unmarshal(value, v); err != nil {
+			return err
+		}
+		s.maps[name] = v
+		return nil
+	}
 	switch name {
 	case SettingDNS:
 		var v DNS
@@ -94,12 +139,6 @@ func (s *Settings) read(name string, value json.RawMessage) error {
 			return err
 		}
 		s.Records = v
-	case SettingDERPMap:
-		v := new(tailcfg.DERPMap)
-		if err := json.Unmarshal(value, v); err != nil {
-			return err
-		}
-		s.DERPMap = v
 	case SettingOptions:
 		var v Options
 		if err := json.Unmarshal(value, &v); err != nil {
@@ -130,5 +169,10 @@ func effectiveRoutes(n *db.Node) []netip.Prefix {
 // SelfKey stands for the settings that show in a node's own capabilities: equal keys, equal capabilities.
 func (s *Settings) SelfKey() string { return s.raw[SettingOptions] + "/" + s.DNS.BaseDomain }
 
-// Key stands for the content of a stored setting.
-func (s *Settings) Key(name string) string { return s.raw[name] }
+// Key stands for the content of a stored setting; that of SettingDERPMap for all relay maps together.
+func (s *Settings) Key(name string) string {
+	if name == SettingDERPMap {
+		name = mergedMaps
+	}
+	return s.raw[name]
+}
