@@ -19,7 +19,9 @@ type APIError struct {
 	Body   string
 }
 
-func (e *APIError) Error() string { return fmt.Sprintf("%s: status %d: %.300s", e.What, e.Status, e.Body) }
+func (e *APIError) Error() string {
+	return fmt.Sprintf("%s: status %d: %.300s", e.What, e.Status, e.Body)
+}
 
 // status is the status of an APIError, and 0 for other errors.
 func status(err error) int {
