@@ -89,12 +89,16 @@ func (s *Store) Close() error {
 		s.writer.close()
 		var errs []error
 		// The writer goes last: closing the last SQLite connection moves the
-		// log into the database file, which a read-only one cannot do.
-		if s.read != nil {
-			errs = append(errs, s.read.Close())
+		// log into the database file, which a read-only one cannot do. A
+		// damaged file keeps its log.
+		last, first := s.write, s.read
+		if s.health.refuseWrites() != nil {
+			last, first = first, last
 		}
-		if s.write != nil {
-			errs = append(errs, s.write.Close())
+		for _, pool := range []*sql.DB{first, last} {
+			if pool != nil {
+				errs = append(errs, pool.Close())
+			}
 		}
 		if s.lock != nil {
 			errs = append(errs, s.lock.Close())

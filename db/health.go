@@ -102,19 +102,23 @@ func (h *health) recover(ctx context.Context) error {
 		return nil
 	}
 	// Connections keep pages of the damaged file: new ones must read it anew.
+	// The writer's stays until the file is known to be whole: the last
+	// connection that is closed moves SQLite's log into the file.
 	s.read.SetMaxIdleConns(0)
 	s.read.SetMaxIdleConns(maxReaders)
-	s.write.SetMaxIdleConns(0)
-	s.write.SetMaxIdleConns(2)
 	if s.pg {
 		// PostgreSQL reports damage by statement, and has no cheap check of the
 		// whole: the next write decides.
+		s.write.SetMaxIdleConns(0)
+		s.write.SetMaxIdleConns(2)
 		h.clear()
 		return nil
 	}
 	if err := s.quickCheck(ctx, s.read); err != nil {
 		return err
 	}
+	s.write.SetMaxIdleConns(0)
+	s.write.SetMaxIdleConns(2)
 	s.log.InfoContext(ctx, "database is whole again")
 	h.clear()
 	return nil

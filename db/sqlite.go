@@ -45,15 +45,15 @@ func (s *Store) openSQLite(ctx context.Context) error {
 	want := map[string]string{
 		"busy_timeout": busy, "journal_mode": "wal", "synchronous": "2", "foreign_keys": "1", "fullfsync": "1",
 	}
+	if err := s.checkBeforeOpen(ctx, strings.Replace(dsn, "?", "?mode=ro&", 1)); err != nil {
+		return fmt.Errorf("check %s: %w", path, err)
+	}
 	if s.write, err = sql.Open(sqlite.DriverName, dsn); err != nil {
 		return fmt.Errorf("open %s: %w", path, err)
 	}
 	s.write.SetMaxOpenConns(1)
 	if err := s.checkSQLite(ctx, s.write, path, want); err != nil {
 		return err
-	}
-	if err := s.quickCheck(ctx, s.write); err != nil {
-		return fmt.Errorf("check %s: %w", path, err)
 	}
 	if s.read, err = sql.Open(sqlite.DriverName, strings.Replace(dsn, "_txlock=immediate&", "", 1)+"&_pragma=query_only(1)"); err != nil {
 		return fmt.Errorf("open %s for reading: %w", path, err)
@@ -81,6 +81,21 @@ func (s *Store) checkSQLite(ctx context.Context, pool *sql.DB, path string, want
 		}
 	}
 	return nil
+}
+
+// checkBeforeOpen looks for damage through a connection that cannot write. One
+// that can would, when it is closed as the last, move the log into the damaged
+// file and remove it, and with the log the only good copy of what it holds.
+func (s *Store) checkBeforeOpen(ctx context.Context, dsn string) error {
+	for _, writes := range []string{"_txlock=immediate&", "_pragma=journal_mode(WAL)&", "_pragma=synchronous(FULL)&"} {
+		dsn = strings.Replace(dsn, writes, "", 1)
+	}
+	pool, err := sql.Open(sqlite.DriverName, dsn)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	return s.quickCheck(ctx, pool)
 }
 
 // quickCheck is ErrCorrupt when SQLite finds the file damaged.
