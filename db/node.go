@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
-	"strings"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -329,9 +328,4 @@ func (tx *Tx) deleteNode(row *nodeRow) error {
 	tx.noteNode(tailcfg.NodeID(row.ID))
 	tx.note(KindTombstone, t.ID)
 	return nil
-}
-
-// questionMarks is "?,?,?" for n values.
-func questionMarks(n int) string {
-	return strings.TrimSuffix(strings.Repeat("?,", n), ",")
 }

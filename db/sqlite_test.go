@@ -7,11 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -119,42 +117,6 @@ func TestSQLitePragmasAreReadBack(t *testing.T) {
 	}
 }
 
-func TestSQLiteSecondProcessIsRefused(t *testing.T) {
-	path := sqliteFile(t)
-	if os.Getenv("DB_TEST_HOLD") != "" {
-		// The child of the test below: hold the database until killed.
-		newSite(t, os.Getenv("DB_TEST_HOLD"), db.Config{})
-		fmt.Println("holding")
-		select {}
-	}
-	child := exec.Command(os.Args[0], "-test.run=^TestSQLiteSecondProcessIsRefused$")
-	child.Env = append(os.Environ(), "DB_TEST_HOLD="+path)
-	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	out, err := child.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := child.Start(); err != nil {
-		t.Fatal(err)
-	}
-	line := make([]byte, 7)
-	if _, err := out.Read(line); err != nil || string(line) != "holding" {
-		t.Fatalf("child says %q, %v", line, err)
-	}
-	if s, err := db.Open(t.Context(), db.Config{Path: path}); err == nil {
-		s.Close()
-		t.Error("a database that another process has was opened")
-	} else if !strings.Contains(err.Error(), "another process") {
-		t.Error(err)
-	}
-	child.Process.Kill()
-	child.Wait()
-	s := newSite(t, path, db.Config{})
-	if err := s.register("after"); err != nil {
-		t.Errorf("after the holder was killed: %v", err)
-	}
-}
-
 func TestSQLiteLockedByAnother(t *testing.T) {
 	s := newSite(t, sqliteFile(t), db.Config{BusyTimeout: 200 * time.Millisecond})
 	if err := s.register("before"); err != nil {
@@ -196,77 +158,6 @@ func TestSQLiteLockedByAnother(t *testing.T) {
 	}
 	if n := s.nodes(t); n != 2 {
 		t.Errorf("%d nodes, want 2: refused writes were kept", n)
-	}
-}
-
-func TestSQLiteDiskFull(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting a small file system needs root")
-	}
-	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
-		t.Skipf("mount a small tmpfs: %v", err)
-	}
-	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
-	s := newSite(t, filepath.Join(dir, "signalbox.db"), db.Config{})
-	if err := s.register("before"); err != nil {
-		t.Fatal(err)
-	}
-	filler := filepath.Join(dir, "filler")
-	f, err := os.Create(filler)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for block := make([]byte, 4096); err == nil; {
-		_, err = f.Write(block)
-	}
-	f.Close()
-	acknowledged := 1
-	for i := 0; err == nil || !errors.Is(err, db.ErrUnavailable); i++ {
-		if i > 2000 {
-			t.Fatal("2,000 nodes fit on a full disk")
-		}
-		if err = s.register(fmt.Sprintf("full%d", i)); err == nil {
-			acknowledged++
-		}
-	}
-	if errors.Is(err, db.ErrCorrupt) {
-		t.Errorf("a full disk is called damage: %v", err)
-	}
-	for range 5 {
-		if err := s.register("refused"); err == nil {
-			acknowledged++
-		} else if !errors.Is(err, db.ErrUnavailable) {
-			t.Errorf("on a full disk: %v, want ErrUnavailable", err)
-		}
-	}
-	if err := s.Healthy(t.Context()); !errors.Is(err, db.ErrUnavailable) {
-		t.Errorf("health on a full disk: %v", err)
-	}
-	if n := s.nodes(t); n != acknowledged {
-		t.Errorf("reads see %d nodes, %d were acknowledged", n, acknowledged)
-	}
-	if err := os.Remove(filler); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Healthy(t.Context()); err != nil {
-		t.Errorf("after room was made: %v", err)
-	}
-	if err := s.register("after"); err != nil {
-		t.Errorf("after room was made: %v", err)
-	}
-	if n := s.nodes(t); n != acknowledged+1 {
-		t.Errorf("%d nodes, want %d", n, acknowledged+1)
-	}
-	err = s.View(t.Context(), func(r *db.Reader) error {
-		n, err := r.VerifyAudit()
-		if n != int64(acknowledged+1) {
-			t.Errorf("%d audit events, want %d", n, acknowledged+1)
-		}
-		return err
-	})
-	if err != nil {
-		t.Error(err)
 	}
 }
 
