@@ -268,8 +268,8 @@ func (x *Session) run(ctx context.Context) error {
 	defer alive.Stop()
 	rep := x.srv.cfg.Replica
 	for {
-		news := rep.Announced()
-		sent, over, err := x.advance(rep.Current())
+		told, news := rep.News()
+		sent, over, err := x.advance(told)
 		if err != nil || over {
 			return err
 		}
@@ -327,7 +327,7 @@ func (x *Session) moved(s *tailnet.Snapshot) {
 
 // advance brings the client to snap. over says that the stream has nothing more to say: its node is gone, logged out or has another key.
 func (x *Session) advance(snap *tailnet.Snapshot) (sent, over bool, err error) {
-	if snap == x.at {
+	if snap.Revision() <= x.at.Revision() {
 		return false, false, nil
 	}
 	n := snap.Node(x.node)

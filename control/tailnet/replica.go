@@ -34,6 +34,7 @@ type Replica struct {
 	mu        sync.Mutex    // guards the following fields
 	published chan struct{} // closed when cur is replaced
 	announced chan struct{} // closed at announcements
+	told      *Snapshot     // what the last announcement was of
 	watchers  []func(prev, now *Snapshot)
 	batches   []func(*db.Batch)
 	fault     error // why following fails; nil while it works
@@ -56,6 +57,7 @@ func NewReplica(ctx context.Context, cfg ReplicaConfig) (*Replica, error) {
 		r.log.Warn("stored setting ignored", "err", err)
 	}
 	r.cur.Store(s)
+	r.told = s
 	return r, nil
 }
 
@@ -68,6 +70,14 @@ func (r *Replica) Announced() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.announced
+}
+
+// News is the snapshot that was last announced, and a channel that is closed at the next announcement. Sessions move from one announced
+// snapshot to the next, so that many of them go the same way and share what is encoded for it.
+func (r *Replica) News() (told *Snapshot, next <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.told, r.announced
 }
 
 // OnPublish registers f to be called with each new snapshot, in order, by the goroutine of Run. f must not block.
@@ -203,6 +213,7 @@ func (r *Replica) announce() {
 	defer r.mu.Unlock()
 	close(r.announced)
 	r.announced = make(chan struct{})
+	r.told = r.Current()
 }
 
 func (r *Replica) setFault(err error) {
