@@ -70,7 +70,7 @@ func (v *View) Apply(m *tailcfg.MapResponse) {
 	if m.Domain != "" {
 		v.Domain = m.Domain
 	}
-	v.checkProfiles()
+	v.checkProfiles(m.UserProfiles)
 }
 
 func (v *View) applyPeers(m *tailcfg.MapResponse) {
@@ -142,13 +142,21 @@ func patched(old *tailcfg.Node, p *tailcfg.PeerChange) *tailcfg.Node {
 	return n
 }
 
-func (v *View) checkProfiles() {
+// checkProfiles holds that every owner in view has a profile, and that nobody else's was sent.
+func (v *View) checkProfiles(sent []tailcfg.UserProfile) {
 	if v.Node == nil {
 		return
 	}
-	for _, n := range append([]*tailcfg.Node{v.Node}, slices.Collect(maps.Values(v.Peers))...) {
+	owners := map[tailcfg.UserID]bool{}
+	for _, n := range append(slices.Collect(maps.Values(v.Peers)), v.Node) {
+		owners[n.User] = true
 		if _, ok := v.Profiles[n.User]; !ok && !n.Expired {
 			v.fault("node %d has the user %d, who has no profile", n.ID, n.User)
+		}
+	}
+	for _, p := range sent {
+		if !owners[p.ID] {
+			v.fault("the profile of %s was sent, of whom nothing can be seen", p.LoginName)
 		}
 	}
 }

@@ -161,7 +161,7 @@ func (c *changes) add(slot int, move tailnet.Move, was, is bool) {
 	}
 }
 
-// profiles collects the owners of sent nodes of whom the viewer saw nothing before, and those whose profile moved.
+// profiles collects the owners of sent nodes of whom the viewer saw nothing before, and the owners it sees whose profile moved.
 func (c *changes) profiles(d *tailnet.Delta, viewer int) {
 	own := d.From.NodeAt(viewer).SelfUser()
 	for _, slot := range c.changed {
@@ -171,6 +171,9 @@ func (c *changes) profiles(d *tailnet.Delta, viewer int) {
 		}
 	}
 	for _, id := range d.Users {
+		if id != d.To.NodeAt(viewer).SelfUser() && !d.To.Sees(viewer, d.To.OwnedBy(id)) {
+			continue
+		}
 		if i, ok := slices.BinarySearch(c.users, id); !ok {
 			c.users = slices.Insert(c.users, i, id)
 		}
@@ -386,6 +389,9 @@ func dnsMoved(d *tailnet.Delta, slot int) bool {
 		if a.Key(tailnet.SettingDNS) != b.Key(tailnet.SettingDNS) || a.Key(tailnet.SettingExtraRecords) != b.Key(tailnet.SettingExtraRecords) {
 			return true
 		}
+	}
+	if personalDNS(d.To, slot) && deviceMoved(d.From.NodeAt(slot), d.To.NodeAt(slot)) {
+		return true
 	}
 	if d.From.Access() == d.To.Access() {
 		return false

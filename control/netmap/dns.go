@@ -95,14 +95,26 @@ func nextDNSAttrs(s *tailnet.Snapshot, slot int) (profile string, anonymous bool
 	return profile, anonymous
 }
 
+// deviceMoved reports whether nameDevice says otherwise of a node.
+func deviceMoved(old, now *tailnet.Node) bool {
+	return old.GivenName != now.GivenName || old.IPv4 != now.IPv4 || model(old) != model(now)
+}
+
+func model(n *tailnet.Node) string {
+	if n.State.Hostinfo == nil {
+		return ""
+	}
+	return n.State.Hostinfo.OS
+}
+
 func nameDevice(resolvers []*dnstype.Resolver, n *tailnet.Node) {
 	for _, r := range resolvers {
 		if !strings.HasPrefix(r.Addr, nextDNS) {
 			continue
 		}
 		q := url.Values{"device_name": {n.GivenName}}
-		if n.State.Hostinfo != nil {
-			q.Set("device_model", n.State.Hostinfo.OS)
+		if m := model(n); m != "" {
+			q.Set("device_model", m)
 		}
 		if ip := (netip.Addr{}); n.IPv4 != ip {
 			q.Set("device_ip", n.IPv4.String())

@@ -115,19 +115,20 @@ func peerMove(old, now *Node) Move {
 	if a.DiscoKey != b.DiscoKey {
 		m |= MoveDisco
 	}
-	if !slices.Equal(a.Endpoints, b.Endpoints) {
+	dead := old.Dead() && now.Dead() // peers are told neither where it is nor that it is there
+	if !dead && !slices.Equal(a.Endpoints, b.Endpoints) {
 		m |= MoveEndpoints
 		if len(b.Endpoints) == 0 {
 			m |= MoveFull // a patch cannot say "none"
 		}
 	}
-	if a.HomeDERP != b.HomeDERP {
+	if !dead && a.HomeDERP != b.HomeDERP {
 		m |= MoveDERP
 		if b.HomeDERP == 0 {
 			m |= MoveFull
 		}
 	}
-	if a.Online != b.Online || (!b.Online && !a.LastSeen.Equal(b.LastSeen)) {
+	if !dead && a.Online != b.Online || (dead || !b.Online) && !a.LastSeen.Equal(b.LastSeen) {
 		m |= MoveOnline
 	}
 	if old.NodeKey != now.NodeKey || old.FQDN != now.FQDN || old.User != now.User || old.IPv4 != now.IPv4 || old.IPv6 != now.IPv6 ||
