@@ -68,6 +68,7 @@ func RunConformance(t *testing.T, open Open) {
 		{"AuthRequestEviction", testAuthRequestEviction},
 		{"AuditChain", testAuditChain},
 
+		{"MovedSinceLooksAtKinds", testMovedSince},
 		{"FollowLoadsWhatMoved", testFollow},
 		{"FollowAfterPruning", testFollowAfterPruning},
 		{"WakeAfterCommit", testWake},

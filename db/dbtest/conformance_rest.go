@@ -269,6 +269,34 @@ func testAuditChain(t *testing.T, f *fixture) {
 	}
 }
 
+func testMovedSince(t *testing.T, f *fixture) {
+	start := f.revision()
+	n := f.node("moves")
+	made := f.revision()
+	f.update(func(tx *db.Tx) error { return tx.PutNodeState(n.ID, db.NodeState{HomeDERP: 4}) })
+	for _, c := range []struct {
+		after db.Revision
+		kinds []db.Kind
+		want  bool
+	}{
+		{start, []db.Kind{db.KindNode}, true},
+		{start, []db.Kind{db.KindUser, db.KindNode}, true},
+		{start, []db.Kind{db.KindUser, db.KindPolicy}, false},
+		{made, []db.Kind{db.KindNode}, false},
+		{made, []db.Kind{db.KindNode, db.KindNodeState}, true},
+		{made + 1, []db.Kind{db.KindNodeState}, false},
+		{start, nil, false},
+	} {
+		f.update(func(tx *db.Tx) error {
+			got, err := tx.MovedSince(c.after, c.kinds...)
+			if err != nil || got != c.want {
+				t.Errorf("moved after %d %v = %v, %v, want %v", c.after, c.kinds, got, err, c.want)
+			}
+			return nil
+		})
+	}
+}
+
 func testFollow(t *testing.T, f *fixture) {
 	old := f.node("old")
 	start := f.revision()

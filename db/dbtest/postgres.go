@@ -129,7 +129,7 @@ func (p *Postgres) launch() error {
 	if out, err := initdb.CombinedOutput(); err != nil {
 		return fmt.Errorf("initdb: %w\n%s", err, out)
 	}
-	return p.Ctl("start", "-o", "-c listen_addresses= -c unix_socket_directories="+p.dir+" -c max_connections=100 -c shared_buffers=32MB")
+	return p.Ctl("start", "-o", "-c listen_addresses= -c unix_socket_directories="+p.dir+" -c max_connections=100 -c shared_buffers=32MB -c dynamic_shared_memory_type=mmap")
 }
 
 // roomyDir is where the server's files go: in memory when there is room, since
