@@ -10,6 +10,7 @@ package control
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -72,6 +73,7 @@ type Server struct {
 	ssh      *sshaction.Server
 	reports  *limit.Table // audit records of clients
 	started  time.Time
+	sick     bool // owned by duties: the last look at the database found a fault
 }
 
 // New joins the parts. It starts nothing.
@@ -173,12 +175,9 @@ func (s *Server) health(w http.ResponseWriter, r *http.Request) {
 // so what cannot be stored now is answered with one of those.
 func (s *Server) auditLog(w http.ResponseWriter, r *http.Request) {
 	var req tailcfg.AuditLogRequest
-	body := http.MaxBytesReader(w, r.Body, 16<<10)
-	if err := json.NewDecoder(body).Decode(&req); err != nil {
-		http.Error(w, "audit record is not valid JSON of at most 16 KiB", http.StatusBadRequest)
+	if !decode(w, r, &req) {
 		return
 	}
-	_, _ = io.Copy(io.Discard, body)
 	n := s.caller(r, req.NodeKey)
 	if n == nil {
 		http.Error(w, "node not found", http.StatusUnauthorized)
@@ -203,6 +202,25 @@ func (s *Server) auditLog(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusOK)
 }
 
+// decode reads a small JSON body to its end. It answers and returns false when it cannot.
+func decode(w http.ResponseWriter, r *http.Request, v any) bool {
+	body := http.MaxBytesReader(w, r.Body, 16<<10)
+	err := json.NewDecoder(body).Decode(v)
+	if err == nil {
+		_, err = io.Copy(io.Discard, body)
+	}
+	tooBig := (*http.MaxBytesError)(nil)
+	switch {
+	case err == nil:
+		return true
+	case errors.As(err, &tooBig):
+		http.Error(w, "the request is larger than 16 KiB", http.StatusRequestEntityTooLarge)
+	default:
+		http.Error(w, "the request is not valid JSON", http.StatusBadRequest)
+	}
+	return false
+}
+
 // cut bounds a client's text for the audit log.
 func cut(s string) string {
 	const most = 4096
@@ -215,12 +233,9 @@ func cut(s string) string {
 // feature answers `tailscale serve` and `tailscale funnel`, which ask how to switch on what their node lacks.
 func (s *Server) feature(w http.ResponseWriter, r *http.Request) {
 	var req tailcfg.QueryFeatureRequest
-	body := http.MaxBytesReader(w, r.Body, 16<<10)
-	if err := json.NewDecoder(body).Decode(&req); err != nil {
-		http.Error(w, "feature query is not valid JSON", http.StatusBadRequest)
+	if !decode(w, r, &req) {
 		return
 	}
-	_, _ = io.Copy(io.Discard, body)
 	if s.caller(r, req.NodeKey) == nil {
 		http.Error(w, "node not found", http.StatusUnauthorized)
 		return

@@ -56,7 +56,10 @@ func (s *Server) duties(ctx context.Context) error {
 			s.expire(ctx, wall)
 			s.removeEphemeral(ctx, wall)
 		}
-		if sweep++; sweep%15 == 0 {
+		if sweep++; sweep%5 == 0 {
+			s.probe(ctx)
+		}
+		if sweep%15 == 0 {
 			s.beat(ctx)
 			s.reap(ctx, wall)
 		}
@@ -71,6 +74,19 @@ func (s *Server) do(ctx context.Context, what string, fn func(*db.Tx) error) {
 	if err != nil && !errors.Is(err, db.ErrNotFound) && ctx.Err() == nil {
 		s.log.Error(what, "err", err)
 	}
+}
+
+// probe looks at the database: after a fault the storage takes writes again only when it was found whole.
+func (s *Server) probe(ctx context.Context) {
+	look, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	err := s.cfg.Store.Healthy(look)
+	if err != nil && ctx.Err() == nil && !s.sick {
+		s.log.Error("the database is not well; writes are refused", "err", err)
+	} else if err == nil && s.sick {
+		s.log.Info("the database is well again")
+	}
+	s.sick = err != nil
 }
 
 // beat says that this server lives.
