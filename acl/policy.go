@@ -173,6 +173,10 @@ type sshTest struct {
 // OmitDefaultRegions removes all others.
 func (p *Policy) DERPMap() *tailcfg.DERPMap { return p.derpMap }
 
+// AllowsAll reports whether the document has neither acls nor grants, not even
+// empty ones, which allows everything to everybody.
+func (p *Policy) AllowsAll() bool { return !p.declared }
+
 // OneCGNATRoute is the member of that name: "", "mac-always" or "mac-never".
 func (p *Policy) OneCGNATRoute() string { return p.oneCGNAT }
 
