@@ -30,13 +30,15 @@ type File struct {
 	Format  string `json:"format,omitempty"`
 	Version int    `json:"version,omitempty"`
 
-	Users     []User          `json:"users"`
-	Nodes     []Node          `json:"nodes"`
-	Settings  Settings        `json:"settings"`
-	Services  []Service       `json:"services,omitempty"`
-	Primaries []Primary       `json:"primaries,omitempty"`
-	Policy    string          `json:"policy,omitempty"`
-	DNS       json.RawMessage `json:"dns,omitempty"`
+	Users     []User    `json:"users"`
+	Nodes     []Node    `json:"nodes"`
+	Settings  Settings  `json:"settings"`
+	Services  []Service `json:"services,omitempty"`
+	Primaries []Primary `json:"primaries,omitempty"`
+	Policy    string    `json:"policy,omitempty"`
+	// PolicyVersion is that of Policy on the server that wrote the file.
+	PolicyVersion int64           `json:"policy_version,omitempty"`
+	DNS           json.RawMessage `json:"dns,omitempty"`
 }
 
 // User is a person.

@@ -185,8 +185,18 @@ func (s *server) handleBody(h func(http.ResponseWriter, *http.Request) (any, err
 			s.refuse(w, r, err)
 			return
 		}
+		if t, ok := v.(tagged); ok {
+			w.Header().Set("ETag", t.tag)
+			v = t.body
+		}
 		writeJSON(w, http.StatusOK, "application/json", v)
 	}
+}
+
+// tagged is an answer with an ETag, for If-Match of the next request.
+type tagged struct {
+	body any
+	tag  string
 }
 
 // recover turns a panic into an answer that says nothing of it.

@@ -178,6 +178,13 @@ func (s *server) setTags(w http.ResponseWriter, r *http.Request) (any, error) {
 	if len(tags) == 0 {
 		return nil, badField("body.tags", "must not be empty: a tagged node cannot go back to a person")
 	}
+	if p := s.Replica.Current().Policy().Parsed; p != nil {
+		for _, t := range tags {
+			if !slices.Contains(p.Tags(), t) {
+				return nil, badField("body.tags", "%s has no owner in the policy's tagOwners", t)
+			}
+		}
+	}
 	return s.changeNode(r, "node.tags", func(tx *db.Tx, n *db.Node) error {
 		if len(n.Tags) == 0 {
 			n.User, n.Expiry = 0, time.Time{}

@@ -53,7 +53,7 @@ func (s *server) exportTailnet(*http.Request) (any, error) {
 	}
 	slices.SortFunc(f.Primaries, func(a, b tailnetfile.Primary) int { return strings.Compare(a.Prefix.String(), b.Prefix.String()) })
 	if v := snap.Policy().Version; v != nil {
-		f.Policy = string(v.Text)
+		f.Policy, f.PolicyVersion = string(v.Text), v.ID
 	}
 	return f, nil
 }
@@ -171,27 +171,17 @@ func (s *server) rollbackPolicy(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.PolicyMode == "file" {
-		return nil, &statusError{status: http.StatusBadRequest, detail: "the policy comes from a file (policy.mode is file): change the file"}
-	}
-	if err := s.compile(r, string(old.Text)); err != nil {
-		return nil, err
-	}
-	var v *db.PolicyVersion
-	err = s.write(r, func(tx *db.Tx) error {
-		was, err := tx.Policy()
-		if err != nil && !errors.Is(err, db.ErrNotFound) {
-			return err
-		}
-		if v, err = tx.SetPolicy(old.Text, fmt.Sprintf("rollback to version %d", old.ID), nil); err != nil {
-			return err
-		}
-		return tx.Audit("policy.rollback", "policy:"+strconv.FormatInt(v.ID, 10), policyMark(was), policyMark(v))
-	})
+	v, err := s.storePolicy(r, edit{"policy.rollback", string(old.Text), fmt.Sprintf("rollback to version %d", old.ID)})
 	if err != nil {
 		return nil, err
 	}
-	return versionInfo(v, true, false), nil
+	return tagged{versionInfo(v, true, false), policyTag(v)}, nil
+}
+
+// policyEffect is what a text would do.
+type policyEffect struct {
+	*acl.Effect
+	Warnings []tailnetfile.Fault `json:"warnings"`
 }
 
 // diffPolicy tells what a text would change for the fleet as it is, without storing it.
@@ -200,30 +190,27 @@ func (s *server) diffPolicy(w http.ResponseWriter, r *http.Request) (any, error)
 	if err := decode(w, r, &req, maxPolicyBody, false); err != nil {
 		return nil, err
 	}
-	if err := s.compile(r, req.Policy); err != nil {
-		return nil, err
-	}
-	snap := s.Replica.Current()
-	now, err := compileText([]byte(req.Policy), snap.ACLTailnet())
+	c, err := s.compile(r, req.Policy)
 	if err != nil {
 		return nil, err
 	}
-	return acl.Diff(snap.Access(), now), nil
+	free, err := s.slot(r)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
+	out := policyEffect{acl.Diff(c.snap.Access(), c.access), []tailnetfile.Fault{}}
+	for _, warning := range acl.Warnings(c.policy, c.snap.ACLTailnet()) {
+		out.Warnings = append(out.Warnings, tailnetfile.Fault(warning))
+	}
+	if v := c.snap.Policy().Version; v != nil {
+		return tagged{out, policyTag(v)}, nil
+	}
+	return out, nil
 }
 
-func compileText(text []byte, t *acl.Tailnet) (*acl.Access, error) {
-	p, err := acl.Parse(text)
-	if err != nil {
-		return nil, policyFault(err)
-	}
-	a, err := acl.Compile(p, t)
-	if err != nil {
-		return nil, policyFault(err)
-	}
-	return a, nil
-}
-
-// explainPolicy answers ?src=A&dst=B&port=N&proto=tcp, against the live policy or the one of ?version=.
+// explainPolicy answers ?src=A&dst=B&port=N&proto=tcp, against the live policy or the one of ?version=. With src or dst alone it lists what
+// src reaches, or who reaches dst.
 func (s *server) explainPolicy(r *http.Request) (any, error) {
 	q := r.URL.Query()
 	snap := s.Replica.Current()
@@ -237,16 +224,32 @@ func (s *server) explainPolicy(r *http.Request) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		if access, err = compileText(v.Text, snap.ACLTailnet()); err != nil {
+		free, err := s.slot(r)
+		if err != nil {
 			return nil, err
 		}
+		defer free()
+		c, err := compileText(v.Text, snap)
+		if err != nil {
+			return nil, err
+		}
+		access = c.access
 	}
 	ends := [2][]acl.Endpoint{}
 	for i, name := range []string{"src", "dst"} {
+		if q.Get(name) == "" && q.Get([]string{"dst", "src"}[i]) != "" {
+			continue
+		}
 		var err error
 		if ends[i], err = access.Endpoints(q.Get(name)); err != nil {
 			return nil, badField("query."+name, "%v", err)
 		}
+	}
+	switch {
+	case q.Get("dst") == "":
+		return openingsOf(ends[0], access.ReachableFrom, snap), nil
+	case q.Get("src") == "":
+		return openingsOf(ends[1], access.WhoReaches, snap), nil
 	}
 	port, err := number(r, "port", 0, 65535)
 	if err != nil {
@@ -268,6 +271,32 @@ func (s *server) explainPolicy(r *http.Request) (any, error) {
 		}
 	}
 	return out, nil
+}
+
+// opening is something that one end reaches, or is reached by.
+type opening struct {
+	Address string   `json:"address"` // of the end that was asked about
+	Other   string   `json:"other"`   // node or range
+	Ports   []string `json:"ports"`
+	Lines   []int    `json:"lines"` // of the policy
+}
+
+type openings struct {
+	Openings []opening `json:"openings"`
+}
+
+func openingsOf(ends []acl.Endpoint, list func(acl.Endpoint) []acl.Opening, snap *tailnet.Snapshot) openings {
+	out := openings{[]opening{}}
+	for _, e := range ends {
+		for _, o := range list(e) {
+			other := o.Range
+			if n := snap.NodeAt(o.Slot); n != nil {
+				other = n.GivenName
+			}
+			out.Openings = append(out.Openings, opening{e.Addr.String(), other, o.Ports, o.Lines})
+		}
+	}
+	return out
 }
 
 // protocol reads a name or a number. Without one it is TCP with a port and ICMP without.
@@ -378,7 +407,7 @@ func (s *server) listServers(r *http.Request) (any, error) {
 type AuditInfo struct {
 	Number int64    `json:"number,string"`
 	Time   string   `json:"time"`
-	Actor  db.Actor `json:"actor"`
+	Actor  ActorInfo `json:"actor"`
 	Action string   `json:"action"`
 	Target string   `json:"target"`
 	Before any      `json:"before,omitempty"`
@@ -386,7 +415,16 @@ type AuditInfo struct {
 	Prev   string   `json:"prevHash"`
 }
 
-// listAudit answers ?after=N&limit=M, oldest first.
+// ActorInfo is who did something: kind is "cli", "apikey", "user", "node", "system" or "unauthenticated".
+type ActorInfo struct {
+	Kind   string `json:"kind"`
+	ID     int64  `json:"id,string,omitempty"`
+	Name   string `json:"name,omitempty"`
+	KeyID  string `json:"keyId,omitempty"`
+	Source string `json:"source,omitempty"`
+}
+
+// listAudit answers ?after=N&limit=M, or ?last=N for the newest, oldest first.
 func (s *server) listAudit(r *http.Request) (any, error) {
 	after, err := number(r, "after", 0, 1<<62)
 	if err != nil {
@@ -396,8 +434,19 @@ func (s *server) listAudit(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	last, err := number(r, "last", 0, maxPage)
+	if err != nil {
+		return nil, err
+	}
 	var list []*db.AuditEvent
 	if err := s.view(r, func(rd *db.Reader) (err error) {
+		if last > 0 {
+			head, _, err := rd.AuditHead()
+			if err != nil {
+				return err
+			}
+			after, limit = max(after, head-last), last
+		}
 		list, err = rd.AuditEvents(after, int(limit))
 		return err
 	}); err != nil {
@@ -408,7 +457,7 @@ func (s *server) listAudit(r *http.Request) (any, error) {
 	}{[]AuditInfo{}}
 	for _, e := range list {
 		i := AuditInfo{
-			Number: e.Number, Time: e.Time.UTC().Format(time.RFC3339Nano), Actor: e.Actor, Action: e.Action, Target: e.Target, Prev: fmt.Sprintf("%x", e.PrevHash),
+			Number: e.Number, Time: e.Time.UTC().Format(time.RFC3339Nano), Actor: ActorInfo(e.Actor), Action: e.Action, Target: e.Target, Prev: fmt.Sprintf("%x", e.PrevHash),
 		}
 		if len(e.Before) > 0 {
 			i.Before = e.Before

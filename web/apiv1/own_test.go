@@ -50,6 +50,16 @@ func TestExplainAnswersByTheLivePolicy(t *testing.T) {
 			}
 		}
 	}
+	for query, other := range map[string]string{"src=desk": "box", "dst=box": "desk"} {
+		found := false
+		for _, o := range get[openings](w, "GET", own+"/policy/explain?"+query, nil).Openings {
+			found = found || o.Other == other && len(o.Ports) > 0
+		}
+		if !found {
+			t.Errorf("%s does not list %s", query, other)
+		}
+	}
+	w.refused(400, "query.src", "GET", own+"/policy/explain", nil)
 	w.refused(400, "query.src", "GET", own+"/policy/explain?src=nobody&dst=box", nil)
 	w.refused(400, "query.port", "GET", own+"/policy/explain?src=desk&dst=box&port=x", nil)
 	w.refused(400, "query.proto", "GET", own+"/policy/explain?src=desk&dst=box&port=1&proto=carrier-pigeon", nil)
@@ -131,6 +141,11 @@ func TestAuditAndServersAreListed(t *testing.T) {
 	}
 	if !found {
 		t.Errorf("no policy.set in %+v", events)
+	}
+	get[PolicyResponse](w, "PUT", "/api/v1/policy", PolicyRequest{openPolicy})
+	newest := get[audit](w, "GET", own+"/audit?last=2", nil).Events
+	if len(newest) != 2 || newest[1].Number != w.lastAudit().Number || newest[0].Number != newest[1].Number-1 {
+		t.Errorf("the last two events = %+v", newest)
 	}
 	w.refused(400, "query.limit", "GET", own+"/audit?limit=-1", nil)
 	type servers struct{ Servers []ServerInfo }

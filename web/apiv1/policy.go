@@ -2,12 +2,16 @@ package apiv1
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
 
@@ -23,45 +27,132 @@ func (s *server) getPolicy(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return policyOf(v), nil
+	return tagged{policyOf(v), policyTag(v)}, nil
 }
 
 func policyOf(v *db.PolicyVersion) PolicyResponse {
 	return PolicyResponse{Policy: string(v.Text), UpdatedAt: optional(v.Created)}
 }
 
+// policyTag is the ETag of the live policy: its version, in quotes.
+func policyTag(v *db.PolicyVersion) string { return `"` + strconv.FormatInt(v.ID, 10) + `"` }
+
+// condition is what a request demands of the live policy before it may be
+// replaced: the tags of If-Match (RFC 9110, 13.1.1). Nil demands nothing.
+type condition []string
+
+func conditionOf(r *http.Request) condition {
+	var c condition
+	for _, line := range r.Header.Values("If-Match") {
+		for tag := range strings.SplitSeq(line, ",") {
+			c = append(c, strings.TrimSpace(tag))
+		}
+	}
+	return c
+}
+
+// holds also takes a version without quotes, which is what people type.
+func (c condition) holds(live *db.PolicyVersion) bool {
+	return c == nil || live != nil && slices.ContainsFunc(c, func(tag string) bool {
+		return tag == "*" || tag == policyTag(live) || tag == strconv.FormatInt(live.ID, 10)
+	})
+}
+
+func (c condition) failed(live *db.PolicyVersion) error {
+	e := &statusError{status: http.StatusPreconditionFailed, detail: "no policy is stored yet"}
+	if live != nil {
+		e.detail = "the policy was changed meanwhile: version " + strconv.FormatInt(live.ID, 10) + " is live, not " + strings.Join(c, ", ")
+	}
+	return e
+}
+
 // setPolicy makes a text live that parses, compiles and passes its own tests
 // against the tailnet as it is. Any other text changes nothing.
 func (s *server) setPolicy(w http.ResponseWriter, r *http.Request) (any, error) {
-	var req PolicyRequest
+	var req SetPolicyRequest
 	if err := decode(w, r, &req, maxPolicyBody, false); err != nil {
 		return nil, err
 	}
-	if s.PolicyMode == "file" {
-		return nil, &statusError{status: http.StatusBadRequest, detail: "the policy comes from a file (policy.mode is file): change the file"}
-	}
-	if err := s.compile(r, req.Policy); err != nil {
+	if err := text("body.note", req.Note, maxNote); err != nil {
 		return nil, err
 	}
-	var v *db.PolicyVersion
-	err := s.write(r, func(tx *db.Tx) error {
-		was, err := tx.Policy()
-		if err != nil && !errors.Is(err, db.ErrNotFound) {
-			return err
-		}
-		if was != nil && bytes.Equal(was.Text, []byte(req.Policy)) {
-			v = was
-			return nil
-		}
-		if v, err = tx.SetPolicy([]byte(req.Policy), "", nil); err != nil {
-			return err
-		}
-		return tx.Audit("policy.set", "policy:"+strconv.FormatInt(v.ID, 10), policyMark(was), policyMark(v))
-	})
+	v, err := s.storePolicy(r, edit{"policy.set", req.Policy, req.Note})
 	if err != nil {
 		return nil, err
 	}
-	return policyOf(v), nil
+	return tagged{policyOf(v), policyTag(v)}, nil
+}
+
+// maxNote is the longest note of a policy version in bytes.
+const maxNote = 500
+
+// edit is a new text for the policy, with the action for the audit log.
+type edit struct{ action, text, note string }
+
+// errMoved ends a transaction in which a compiled policy turned out to belong
+// to an older tailnet.
+var errMoved = errors.New("the tailnet moved on")
+
+// storeTries is how often a policy is compiled because the tailnet moves on
+// between compiling and storing.
+const storeTries = 5
+
+// storePolicy makes a text the live policy, unless it is already. What becomes
+// live is what was compiled and tested: in the transaction nothing that the
+// verdict depends on may have moved since. Nodes that come and go all the time
+// do not hold up an edit, though: the last try puts up with them, since a node
+// that joins a moment later is not waited for either.
+func (s *server) storePolicy(r *http.Request, e edit) (*db.PolicyVersion, error) {
+	if s.PolicyMode == "file" {
+		return nil, &statusError{status: http.StatusBadRequest, detail: "the policy comes from a file (policy.mode is file): change the file"}
+	}
+	matches := conditionOf(r)
+	facts := []db.Kind{db.KindUser, db.KindSetting, db.KindNode, db.KindPrimary}
+	for try := 1; ; try++ {
+		if try == storeTries {
+			facts = facts[:2]
+		}
+		c, err := s.compile(r, e.text)
+		if err != nil {
+			return nil, err
+		}
+		var v *db.PolicyVersion
+		err = s.write(r, func(tx *db.Tx) error {
+			if v, err = tx.Policy(); err != nil && !errors.Is(err, db.ErrNotFound) {
+				return err
+			}
+			switch {
+			case !matches.holds(v):
+				return matches.failed(v)
+			case v != nil && bytes.Equal(v.Text, []byte(e.text)):
+				return nil
+			}
+			if moved, err := tx.MovedSince(c.snap.Revision(), facts...); err != nil || moved {
+				return cmp.Or(err, errMoved)
+			}
+			v, err = e.replace(tx, v)
+			return err
+		})
+		if !errors.Is(err, errMoved) {
+			return v, err
+		}
+		if try == storeTries {
+			return nil, conflict("users or settings change at the same time, try again")
+		}
+		s.catchUp(r)
+	}
+}
+
+func (e edit) replace(tx *db.Tx, was *db.PolicyVersion) (*db.PolicyVersion, error) {
+	var revision db.Revision
+	if was != nil {
+		revision = was.Revision
+	}
+	v, err := tx.SetPolicy([]byte(e.text), e.note, &revision)
+	if err != nil {
+		return nil, err
+	}
+	return v, tx.Audit(e.action, "policy:"+strconv.FormatInt(v.ID, 10), policyMark(was), policyMark(v))
 }
 
 // policyMark is a policy in an audit row: the version, whose text is kept
@@ -81,42 +172,65 @@ func (s *server) checkPolicy(w http.ResponseWriter, r *http.Request) (any, error
 	if err := decode(w, r, &req, maxPolicyBody, false); err != nil {
 		return nil, err
 	}
-	if err := s.compile(r, req.Policy); err != nil {
+	if _, err := s.compile(r, req.Policy); err != nil {
 		return nil, err
 	}
 	return EmptyResponse{}, nil
 }
 
-// compile tries a policy text on the current tailnet. Few texts are compiled
-// at a time, since one may be large and wrong on purpose.
-func (s *server) compile(r *http.Request, text string) error {
-	if !utf8.ValidString(text) || bytes.IndexByte([]byte(text), 0) >= 0 {
-		return badField("body.policy", "must be text")
-	}
+// compiled is a policy that was tried on a snapshot.
+type compiled struct {
+	snap   *tailnet.Snapshot
+	policy *acl.Policy
+	access *acl.Access
+}
+
+// slot waits until a policy may be compiled. Few are at a time, since one may
+// be large and wrong on purpose. The caller calls free when it is done.
+func (s *server) slot(r *http.Request) (free func(), err error) {
 	select {
 	case s.compiles <- struct{}{}:
-		defer func() { <-s.compiles }()
+		return func() { <-s.compiles }, nil
 	case <-r.Context().Done():
-		return &statusError{status: http.StatusTooManyRequests, detail: "too many policies are being checked, try again later"}
+		return nil, &statusError{status: http.StatusTooManyRequests, detail: "too many policies are being checked, try again later"}
 	}
-	facts := s.Replica.Current().ACLTailnet()
-	p, err := acl.Parse([]byte(text))
+}
+
+// compile tries a policy text on the current tailnet, its tests included.
+func (s *server) compile(r *http.Request, text string) (*compiled, error) {
+	if !utf8.ValidString(text) || strings.IndexByte(text, 0) >= 0 {
+		return nil, badField("body.policy", "must be text")
+	}
+	free, err := s.slot(r)
 	if err != nil {
-		return policyFault(err)
+		return nil, err
 	}
-	access, err := acl.Compile(p, facts)
+	defer free()
+	c, err := compileText([]byte(text), s.Replica.Current())
 	if err != nil {
-		return policyFault(err)
+		return nil, err
 	}
-	failures := acl.Check(p, facts, access)
+	failures := acl.Check(c.policy, c.snap.ACLTailnet(), c.access)
 	if len(failures) == 0 {
-		return nil
+		return c, nil
 	}
 	faults := make([]*acl.Error, len(failures))
 	for i, f := range failures {
 		faults[i] = &acl.Error{Line: f.Line, Column: f.Column, Path: f.Path, Message: f.Message}
 	}
-	return policyErrors(faults)
+	return nil, policyErrors(faults)
+}
+
+func compileText(text []byte, snap *tailnet.Snapshot) (*compiled, error) {
+	p, err := acl.Parse(text)
+	if err != nil {
+		return nil, policyFault(err)
+	}
+	a, err := acl.Compile(p, snap.ACLTailnet())
+	if err != nil {
+		return nil, policyFault(err)
+	}
+	return &compiled{snap, p, a}, nil
 }
 
 // policyFault turns what acl found into an answer.

@@ -109,6 +109,7 @@ var grpcCodes = map[int]int{
 	http.StatusNotFound:              5,  // NOT_FOUND
 	http.StatusMethodNotAllowed:      12, // UNIMPLEMENTED
 	http.StatusConflict:              6,  // ALREADY_EXISTS
+	http.StatusPreconditionFailed:    9,  // FAILED_PRECONDITION
 	http.StatusRequestEntityTooLarge: 3,
 	http.StatusUnsupportedMediaType:  3,
 	http.StatusTooManyRequests:       8,  // RESOURCE_EXHAUSTED

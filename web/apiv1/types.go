@@ -195,9 +195,16 @@ type DebugNodeRequest struct {
 	Routes []string `json:"routes"`
 }
 
-// PolicyRequest is the body of PUT /policy and POST /policy/check: HuJSON text.
+// PolicyRequest is the body of POST /policy/check: HuJSON text.
 type PolicyRequest struct {
 	Policy string `json:"policy"`
+}
+
+// SetPolicyRequest is the body of PUT /policy. The note, which Headscale does
+// not have, is kept with the version.
+type SetPolicyRequest struct {
+	PolicyRequest
+	Note string `json:"note"`
 }
 
 // AuthRegisterRequest is the body of POST /auth/register. User is a name or an
