@@ -55,6 +55,12 @@ func (q *requests) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(a, strings.ToLower(http.StatusText(status)), status)
 		return
 	}
+	if len(r.TransferEncoding) > 0 {
+		// Behind a proxy that believes a Content-Length beside it, what follows
+		// could be somebody else's. RFC 9112 section 6.1 wants the connection
+		// closed then, and net/http hides whether there was one.
+		a.Header().Set("Connection", "close")
+	}
 	if r.Body != nil && r.Body != http.NoBody {
 		r.Body = http.MaxBytesReader(w, &timedBody{
 			ReadCloser: r.Body,
