@@ -34,7 +34,10 @@ func (s *server) buildDoors() error {
 		list = append(list, door)
 	}
 	if s.cfg.MetricsListenAddr != "" {
-		list = append(list, listener.Config{Name: "metrics_listen_addr", Addr: s.cfg.MetricsListenAddr, Handler: s.debugHandler()})
+		// The default port is a popular one. Only who asked for it wants to hear that it is taken before anything works.
+		list = append(list, listener.Config{
+			Name: "metrics_listen_addr", Addr: s.cfg.MetricsListenAddr, Handler: s.debugHandler(), Optional: !s.cfg.IsSet("metrics_listen_addr"),
+		})
 	}
 	list = append(list, listener.Config{
 		Name: "unix_socket", Unix: s.cfg.UnixSocket, UnixMode: s.cfg.UnixSocketPermission, Handler: s.local(api),
@@ -126,7 +129,14 @@ func (s *server) mainHandler(api http.Handler) http.Handler {
 		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, ServerURL: s.cfg.ServerURL, Build: build(), Checks: s.checks(), Log: s.log,
 	})
 	r.NotFound(rest.ServeHTTP)
-	r.MethodNotAllowed(rest.ServeHTTP)
+	r.MethodNotAllowed(func(w http.ResponseWriter, req *http.Request) {
+		for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost} {
+			if r.Match(chi.NewRouteContext(), method, req.URL.Path) {
+				w.Header().Add("Allow", method)
+			}
+		}
+		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+	})
 	return r
 }
 
