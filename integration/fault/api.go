@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -31,11 +32,16 @@ func status(err error) int {
 	return 0
 }
 
+// rawJSON is a body that is sent as it is.
+type rawJSON string
+
 // Call makes one request to the API through the unix socket. in and out may be
 // nil.
 func (s *Server) Call(ctx context.Context, method, path string, in, out any) error {
 	var body io.Reader
-	if in != nil {
+	if text, ok := in.(rawJSON); ok {
+		body = strings.NewReader(string(text))
+	} else if in != nil {
 		text, err := json.Marshal(in)
 		if err != nil {
 			return err
