@@ -74,8 +74,9 @@ func TestRejectedLogin(t *testing.T) {
 func TestInteractiveRenewal(t *testing.T) {
 	lab := Open(t)
 	server := lab.Server(t, ServerConfig{})
-	a := lab.Client(t, ClientConfig{Name: "a"})
-	b := lab.Client(t, ClientConfig{Name: "b"})
+	// A v1.104 that restarts is found again by another only after up to 15 s.
+	a := lab.Client(t, ClientConfig{Name: "a", Version: Versions[1]})
+	b := lab.Client(t, ClientConfig{Name: "b", Version: Versions[1]})
 	two(t, server, a, b)
 	addr := b.IPv4(t)
 	before := server.Node(t, addr)
