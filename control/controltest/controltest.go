@@ -107,10 +107,11 @@ func (s *Server) start() {
 	var err error
 	s.Replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.Store, Tailnet: s.Tailnet})
 	s.check(err)
-	s.Ledger = tailnet.NewLedger(tailnet.LedgerConfig{Store: s.Store, Tailnet: s.Tailnet, Replica: s.Replica, Instance: self.ID})
+	reserved := []string{"reserved-label"}
+	s.Ledger = tailnet.NewLedger(tailnet.LedgerConfig{Store: s.Store, Tailnet: s.Tailnet, Replica: s.Replica, Instance: self.ID, Reserved: reserved})
 	cfg := control.Config{
 		Store: s.Store, Replica: s.Replica, Ledger: s.Ledger, NoiseKey: s.noise, IDKey: []byte("controltest"), Instance: self,
-		ServerURL: "http://127.0.0.1", Pools: Pools, Source: source, Now: s.Clock.Now,
+		ServerURL: "http://127.0.0.1", Pools: Pools, Reserved: reserved, Source: source, Now: s.Clock.Now,
 	}
 	if s.opts.Change != nil {
 		s.opts.Change(&cfg)

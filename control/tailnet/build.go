@@ -3,6 +3,7 @@ package tailnet
 import (
 	"errors"
 	"maps"
+	"reflect"
 	"slices"
 
 	"tailscale.com/tailcfg"
@@ -31,6 +32,7 @@ func Build(prev *Snapshot, b *db.Batch) (*Snapshot, error) {
 	}
 	s.takeNodes(prev, b, m)
 	s.takeAccess(prev, b, m)
+	s.takeDERPMap(prev, m)
 	s.takeSeen(prev)
 	s.takeTiles(prev, m)
 	return s, err
@@ -203,6 +205,34 @@ func (s *Snapshot) takeAccess(prev *Snapshot, b *db.Batch, m *moved) {
 		panic("the empty policy does not compile: " + err.Error())
 	}
 	s.access = access
+}
+
+// takeDERPMap puts the policy's derpMap over the servers' relays: a region of it replaces theirs, a null one removes it. The pointer stays the
+// same while the content does.
+func (s *Snapshot) takeDERPMap(prev *Snapshot, m *moved) {
+	if prev != nil && !m.settings && !m.policy {
+		s.derp = prev.derp
+		return
+	}
+	s.derp = s.settings.DERPMap
+	if s.policy.Parsed != nil && s.policy.Parsed.DERPMap() != nil {
+		own := s.policy.Parsed.DERPMap()
+		out := &tailcfg.DERPMap{HomeParams: s.derp.HomeParams, Regions: map[int]*tailcfg.DERPRegion{}}
+		if !own.OmitDefaultRegions {
+			maps.Copy(out.Regions, s.derp.Regions)
+		}
+		for id, r := range own.Regions {
+			if r == nil {
+				delete(out.Regions, id)
+			} else {
+				out.Regions[id] = r
+			}
+		}
+		s.derp = out
+	}
+	if prev != nil && reflect.DeepEqual(s.derp, prev.derp) {
+		s.derp = prev.derp
+	}
 }
 
 // takeSeen finds which nodes peers may be told of: a node without a disco key cannot be reached, and a client never repairs such a peer.

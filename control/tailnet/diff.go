@@ -147,8 +147,7 @@ func sameHostinfo(a, b *tailcfg.Hostinfo) bool {
 	return reflect.DeepEqual(PeerHostinfo(a), PeerHostinfo(b))
 }
 
-// PeerHostinfo is the part of a node's Hostinfo that its peers need: what it runs, its peerapi services (Taildrop, exit node DNS and ping
-// depend on them), SSH host keys, location and relay. Log ids, versions, hardware addresses and the rest stay here.
+// PeerHostinfo is the part of a node's Hostinfo that its peers need: what it runs, its peerapi services, SSH host keys, location and relay. Log ids, versions, hardware addresses and the rest stay here.
 func PeerHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
 	if h == nil {
 		return &tailcfg.Hostinfo{}
@@ -159,12 +158,7 @@ func PeerHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
 	if h.AppConnector.EqualBool(true) {
 		p.AppConnector = opt.NewBool(true)
 	}
-	for _, s := range h.Services {
-		switch s.Proto {
-		case tailcfg.PeerAPI4, tailcfg.PeerAPI6, tailcfg.PeerAPIDNS:
-			p.Services = append(p.Services, s)
-		}
-	}
+	p.Services = peerServices(h.Services)
 	return p
 }
 

@@ -1,7 +1,9 @@
 package tailnet
 
 import (
+	"encoding/json"
 	"net/netip"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -20,6 +22,7 @@ const (
 	maxEndpoints   = 64
 	maxMACs        = 32
 	maxRegions     = 256
+	maxHostinfo    = 64 << 10 // of the whole, as JSON
 )
 
 // CleanHostinfo returns a copy of h with every part cut to its cap: strings valid, printable and short, routes masked and few. A nil h
@@ -58,7 +61,31 @@ func CleanHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
 		t.Manufacturer, t.Vendor, t.FamilyIndicator = cleanString(t.Manufacturer, 64), cleanString(t.Vendor, 64), cleanString(t.FamilyIndicator, 64)
 		c.TPM = &t
 	}
+	for _, shorten := range []func(){
+		func() { c.Services = peerServices(c.Services) },
+		func() { c.SSH_HostKeys, c.WoLMACs = nil, nil },
+		func() { c.RoutableIPs = c.RoutableIPs[:min(len(c.RoutableIPs), maxRoutes/4)] },
+	} {
+		if text, err := json.Marshal(&c); err == nil && len(text) <= maxHostinfo {
+			break
+		}
+		shorten()
+	}
 	return &c
+}
+
+// peerServices are the first of each kind of the services that peers are told of: Taildrop, exit node DNS and ping depend on them.
+func peerServices(list []tailcfg.Service) []tailcfg.Service {
+	var out []tailcfg.Service
+	for _, s := range list {
+		switch s.Proto {
+		case tailcfg.PeerAPI4, tailcfg.PeerAPI6, tailcfg.PeerAPIDNS:
+			if !slices.ContainsFunc(out, func(o tailcfg.Service) bool { return o.Proto == s.Proto }) {
+				out = append(out, tailcfg.Service{Proto: s.Proto, Port: s.Port})
+			}
+		}
+	}
+	return out
 }
 
 func cleanNetInfo(n *tailcfg.NetInfo) *tailcfg.NetInfo {
@@ -170,6 +197,9 @@ var fourVia6 = netip.MustParsePrefix("fd7a:115c:a1e0:b1a::/64")
 func RefusedRoute(r netip.Prefix) string {
 	if r.Bits() == 0 {
 		return ""
+	}
+	if r.Addr().Is4In6() {
+		return "is an IPv4 address in IPv6 form"
 	}
 	for _, p := range reservedRoutes {
 		if p.Contains(r.Addr()) && r.Bits() >= p.Bits() {

@@ -22,6 +22,7 @@ type LedgerConfig struct {
 	Tailnet  db.TailnetID // required
 	Replica  *Replica     // required
 	Instance int64        // this server's row in the instances table
+	Reserved []string     // labels that no device may have
 	Log      *slog.Logger // nil discards
 }
 
@@ -215,7 +216,7 @@ func (l *Ledger) write(ctx context.Context, p *pool, ids []tailcfg.NodeID) error
 			st := rec.State
 			r := p.reports[id]
 			if r.update != nil {
-				if err := applyUpdate(tx, rec, &st, r.update); err != nil {
+				if err := l.applyUpdate(tx, rec, &st, r.update); err != nil {
 					return err
 				}
 			}
@@ -235,7 +236,7 @@ func (l *Ledger) write(ctx context.Context, p *pool, ids []tailcfg.NodeID) error
 }
 
 // applyUpdate merges what the client said. A changed host name renames the device, unless somebody gave it another name.
-func applyUpdate(tx *db.Tx, rec *db.Node, st *db.NodeState, u *Update) error {
+func (l *Ledger) applyUpdate(tx *db.Tx, rec *db.Node, st *db.NodeState, u *Update) error {
 	if u.Fill && !st.DiscoKey.IsZero() {
 		return nil
 	}
@@ -254,7 +255,7 @@ func applyUpdate(tx *db.Tx, rec *db.Node, st *db.NodeState, u *Update) error {
 	renamed.Hostname = u.Hostinfo.Hostname
 	if AutoNamed(rec.GivenName, rec.Hostname) {
 		if label := Label(u.Hostinfo.Hostname, rec.ID); label != Label(rec.Hostname, rec.ID) {
-			name, err := tx.FreeName(label, rec.Owner())
+			name, err := tx.FreeName(label, rec.Owner(), l.cfg.Reserved...)
 			if err != nil {
 				return err
 			}

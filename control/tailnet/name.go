@@ -39,7 +39,7 @@ func AutoNamed(given, hostname string) bool {
 	}
 	rest, ok := strings.CutPrefix(given, base+"-")
 	if !ok {
-		return strings.HasPrefix(given, "node")
+		return false
 	}
 	_, err := strconv.ParseUint(rest, 10, 32)
 	return err == nil

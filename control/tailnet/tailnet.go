@@ -84,6 +84,7 @@ type Snapshot struct {
 	facts    *acl.Tailnet
 	access   *acl.Access
 	settings *Settings
+	derp     *tailcfg.DERPMap
 	seen     Bits // slots that peers may be told of
 	tiles    []*Tile
 
@@ -210,6 +211,9 @@ func (s *Snapshot) Policy() *PolicyState { return s.policy }
 
 // Settings are the tailnet's stored settings.
 func (s *Snapshot) Settings() *Settings { return s.settings }
+
+// DERPMap is the relay map that clients get: that of the settings under the policy's. It is the same pointer while it stays the same.
+func (s *Snapshot) DERPMap() *tailcfg.DERPMap { return s.derp }
 
 // Tiles lists the tiles; tile i covers slots 64i to 64i+63.
 func (s *Snapshot) Tiles() []*Tile { return s.tiles }

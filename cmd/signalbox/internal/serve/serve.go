@@ -136,7 +136,7 @@ func (s *server) build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.ledger = tailnet.NewLedger(tailnet.LedgerConfig{Store: s.store, Tailnet: s.tailnet, Replica: s.replica, Instance: s.self.ID, Log: s.log})
+	s.ledger = tailnet.NewLedger(tailnet.LedgerConfig{Store: s.store, Tailnet: s.tailnet, Replica: s.replica, Instance: s.self.ID, Reserved: s.reserved(), Log: s.log})
 	cfg := control.Config{
 		Store: s.store, Replica: s.replica, Ledger: s.ledger, NoiseKey: s.secrets.noise, IDKey: s.secrets.id, Instance: s.self,
 		ServerURL: s.cfg.ServerURL, Pools: s.pools(), NodeExpiry: s.cfg.Node.Expiry, EphemeralTimeout: s.cfg.Node.Ephemeral.InactivityTimeout,
@@ -205,6 +205,7 @@ func (s *server) run(ctx context.Context) error {
 		g.Go(func() error { return f.run(ctx) })
 	}
 	g.Go(func() error { return s.mesh(ctx) })
+	g.Go(func() error { return s.settle(ctx) })
 	g.Go(func() error { return s.signals(ctx) })
 	g.Go(func() error {
 		<-ctx.Done()
