@@ -52,6 +52,7 @@ func TestProblemsNamePlaceKeyAndRemedy(t *testing.T) {
 		"public http":   {"server_url: http://mesh.example.com\n", nil, Overrides{}, []string{"config.yaml:1:1: server_url: http:// with the host mesh.example.com is not safe"}},
 		"cgnat http":    {"server_url: http://100.64.0.1\n", nil, Overrides{}, []string{"server_url: http:// with the host 100.64.0.1 is not safe"}},
 		"path in URL":   {"server_url: http://127.0.0.1/x\n", nil, Overrides{}, []string{"server_url: want a scheme, a host and perhaps a port"}},
+		"port 0 in URL": {"server_url: http://127.0.0.1:0\n", nil, Overrides{}, []string{"config.yaml:1:1: server_url: clients need the real port, and port 0 is none"}},
 		"no scheme":     {"server_url: mesh.example.com\n", nil, Overrides{}, []string{"server_url: want http://HOST[:PORT] or https://HOST[:PORT]"}},
 		"base domain":   {"server_url: https://hs.example.com\ndns:\n  base_domain: example.com\n", nil, Overrides{}, []string{"config.yaml:3:3: dns.base_domain: example.com contains hs.example.com"}},
 		"override":      {"dns:\n  override_local_dns: true\n", nil, Overrides{}, []string{"config.yaml:2:3: dns.override_local_dns: needs an entry in dns.nameservers.global"}},

@@ -47,7 +47,9 @@ func (l *loader) validateURL() *url.URL {
 		return nil
 	}
 	if p := u.Port(); p != "" && !isPort(p) {
-		l.fault("server_url", "port %s is not between 0 and 65535", p)
+		l.fault("server_url", "port %s is not between 1 and 65535", p)
+	} else if n, _ := strconv.Atoi(p); p != "" && n == 0 {
+		l.fault("server_url", "clients need the real port, and port 0 is none: it only means any free port, in listen_addr")
 	}
 	if u.Scheme == "http" && !PlainHTTPSafe(u.Hostname()) && !c.AllowPlainHTTP {
 		l.fault("server_url", "http:// with the host %s is not safe: stock clients use plain HTTP again after a lost connection only for localhost and for loopback and private IP addresses; for any other host they try nothing but https on port 443 and stay away. Use https, a private address, or set allow_plain_http (--allow-plain-http) if you accept that", u.Hostname())

@@ -162,7 +162,7 @@ func (s *server) mayVerify(a netip.Addr) bool {
 	if a.IsLoopback() {
 		return true
 	}
-	for _, region := range s.replica.Current().Settings().DERPMap.Regions {
+	for _, region := range s.replica.Current().DERPMap().Regions {
 		for _, n := range region.Nodes {
 			for _, text := range []string{n.IPv4, n.IPv6, n.HostName} {
 				if ip, err := netip.ParseAddr(text); err == nil && ip == a {
