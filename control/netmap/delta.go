@@ -351,11 +351,11 @@ func selfMessage(d *tailnet.Delta, v Viewer) []Frame {
 			w.member(sshText(d.To, v.Slot))
 		}
 	}
+	if d.From.DERPMap() != d.To.DERPMap() {
+		w.member(append([]byte(`,"DERPMap":`), must(d.To.DERPMap())...))
+	}
 	if d.Settings {
 		a, b := d.From.Settings(), d.To.Settings()
-		if a.Key(tailnet.SettingDERPMap) != b.Key(tailnet.SettingDERPMap) {
-			w.member(append([]byte(`,"DERPMap":`), must(b.DERPMap)...))
-		}
 		if a.DNS.BaseDomain != b.DNS.BaseDomain {
 			w.member(append([]byte(`,"Domain":`), must(b.DNS.BaseDomain)...))
 		}

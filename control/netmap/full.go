@@ -187,7 +187,7 @@ func peerJSON(s *tailnet.Snapshot, views *acl.PeerViews, slot int) []byte {
 
 // derpFrame is the relay map, the same for all viewers.
 func derpFrame(s *tailnet.Snapshot) Frame {
-	return memo(s, "derp", func() Frame { return frame(append([]byte(`,"DERPMap":`), must(s.Settings().DERPMap)...)) })
+	return memo(s, "derp", func() Frame { return frame(append([]byte(`,"DERPMap":`), must(s.DERPMap())...)) })
 }
 
 // dnsFrame is shared by all viewers unless resolvers are told which device asks.
