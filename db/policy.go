@@ -1,6 +1,9 @@
 package db
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+)
 
 type policyRow struct {
 	ID        int64 `gorm:"primaryKey"`
@@ -61,7 +64,7 @@ func (tx *Tx) SetPolicy(text []byte, note string, ifRevision *Revision) (*Policy
 	}
 	row := &policyRow{
 		TailnetID: int64(tx.tailnet), Revision: int64(tx.NextRevision()), Text: text,
-		Author: clean(tx.actor.Name), Note: clean(note), Created: micros(tx.now),
+		Author: clean(cmp.Or(tx.actor.Name, tx.actor.KeyID)), Note: clean(note), Created: micros(tx.now),
 	}
 	if err := tx.err(tx.g.Create(row).Error); err != nil {
 		return nil, fmt.Errorf("set policy: %w", err)

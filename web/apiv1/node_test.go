@@ -144,6 +144,7 @@ func TestTaggedNodeLosesUserAndExpiry(t *testing.T) {
 		t.Errorf("the row's user = %d, want none", rec.User)
 	}
 	w.refused(400, "body.tags", "POST", path, SetTagsRequest{})
+	w.refused(400, "tag:nobody has no owner", "POST", path, SetTagsRequest{Tags: []string{"tag:nobody"}})
 	w.refused(400, "body.tags[0]", "POST", path, SetTagsRequest{Tags: []string{"web"}})
 	w.refused(400, "body.tags[1]", "POST", path, SetTagsRequest{Tags: []string{"tag:a", "tag:ü"}})
 }

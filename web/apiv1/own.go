@@ -405,14 +405,14 @@ func (s *server) listServers(r *http.Request) (any, error) {
 
 // AuditInfo is one row of the audit log.
 type AuditInfo struct {
-	Number int64    `json:"number,string"`
-	Time   string   `json:"time"`
+	Number int64     `json:"number,string"`
+	Time   string    `json:"time"`
 	Actor  ActorInfo `json:"actor"`
-	Action string   `json:"action"`
-	Target string   `json:"target"`
-	Before any      `json:"before,omitempty"`
-	After  any      `json:"after,omitempty"`
-	Prev   string   `json:"prevHash"`
+	Action string    `json:"action"`
+	Target string    `json:"target"`
+	Before any       `json:"before,omitempty"`
+	After  any       `json:"after,omitempty"`
+	Prev   string    `json:"prevHash"`
 }
 
 // ActorInfo is who did something: kind is "cli", "apikey", "user", "node", "system" or "unauthenticated".
