@@ -1,6 +1,7 @@
 package acl
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -140,6 +141,24 @@ func BenchmarkCompileSelf10000Nodes(b *testing.B) {
 func BenchmarkCompileAllowAll10000Nodes(b *testing.B) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	benchCompile(b, fleet(10_000, 60, rnd), []byte(`{"acls":[{"action":"accept","src":["*"],"dst":["*:*"]}]}`))
+}
+
+// BenchmarkCompileManyRouters has 2,500 subnet routers, whose routes are part of
+// what * means as a source.
+func BenchmarkCompileManyRouters(b *testing.B) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	t := fleet(10_000, 60, rnd)
+	for i := range t.Nodes {
+		if i%4 == 1 {
+			t.Nodes[i].RoutableIPs = []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24)}
+			t.Nodes[i].ApprovedRoutes = t.Nodes[i].RoutableIPs
+		}
+	}
+	src := orgPolicy(200, 120, 60, len(t.Users), rnd)
+	for i := range 20 {
+		src = bytes.Replace(src, []byte(`"acls":[`), fmt.Appendf(nil, `"acls":[{"action":"accept","src":["*"],"dst":["tag:t%d:%d"]},`, i, i+1), 1)
+	}
+	benchCompile(b, t, src)
 }
 
 // bigPolicy has about 1 MiB and 10,000 rules.

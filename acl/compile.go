@@ -55,7 +55,8 @@ type compiler struct {
 	*resolver
 	p *Policy
 
-	wild map[string]netipx.IPRange // what * means in a source
+	wild      map[string]netipx.IPRange // what * means in a source
+	wildNodes []int32                   // see wildCover
 
 	rank4, rank6 []int32  // by slot: place of the address in ranked
 	ranked       []string // all node addresses, sorted as strings
@@ -266,7 +267,7 @@ func (c *compiler) owners(src *sourceSet) []*owner {
 		if len(senders) == 0 {
 			continue
 		}
-		out = append(out, &owner{src: c.intern(senders, nil, false), all: c.ownSet(i)})
+		out = append(out, &owner{src: c.intern(senders, nil, false, false), all: c.ownSet(i)})
 	}
 	return out
 }

@@ -44,7 +44,7 @@ func (d *differ) collectPoints() {
 					if six {
 						addr = n.IPv6
 					}
-					if addr.IsValid() {
+					if addr.IsValid() && s.a.uses(slot, addr) {
 						pt.at[i], some = Endpoint{slot, addr}, true
 					}
 				}
@@ -158,7 +158,8 @@ func (g *program) distinctSources() []*source {
 }
 
 // pieces cuts the routed address space at every boundary that a rule, a route
-// or a node address makes, and drops what no router offers or no rule names.
+// or a node address makes, and drops what no router offers, no rule names or
+// no client sends.
 func (d *differ) pieces() []netipx.IPRange {
 	var routed, named, nodes netipx.IPSetBuilder
 	var cuts []netip.Addr // first addresses of pieces
@@ -183,24 +184,10 @@ func (d *differ) pieces() []netipx.IPRange {
 		for _, a := range s.g.byAddr {
 			nodes.Add(a.addr)
 		}
-		for _, f := range s.g.flows {
-			for _, r := range f.src.ranges {
-				named.AddRange(r)
-				cut(r)
-			}
-			for i := range f.parts {
-				switch pt := &f.parts[i]; pt.kind {
-				case partRange:
-					named.AddRange(pt.rng)
-					cut(pt.rng)
-				case partInternet:
-					named.AddSet(internetSet)
-				case partAll:
-					named.AddPrefix(zero4)
-					named.AddPrefix(zero6)
-				}
-			}
-		}
+		s.g.namedRanges(func(r netipx.IPRange) {
+			named.AddRange(r)
+			cut(r)
+		})
 	}
 	for _, r := range internetSet.Ranges() {
 		cut(r)
@@ -208,22 +195,8 @@ func (d *differ) pieces() []netipx.IPRange {
 	for _, p := range droppedRanges {
 		cut(netipx.RangeOfPrefix(p))
 	}
-	taken, _ := nodes.IPSet()
-	offered, _ := routed.IPSet()
-	named.Intersect(offered)
-	named.RemoveSet(taken)
-	before, err := named.IPSet()
-	if err != nil {
-		return nil
-	}
-	for _, p := range droppedRanges {
-		named.RemovePrefix(p)
-	}
-	if before.Contains(metadataAddr) {
-		named.Add(metadataAddr)
-	}
-	all, err := named.IPSet()
-	if err != nil {
+	all := without(&named, &routed, &nodes)
+	if all == nil {
 		return nil
 	}
 	slices.SortFunc(cuts, netip.Addr.Compare)
@@ -241,6 +214,59 @@ func (d *differ) pieces() []netipx.IPRange {
 		out = append(out, netipx.IPRangeFrom(from, r.To()))
 	}
 	return out
+}
+
+// namedRanges enumerates the address ranges of sources and destinations.
+func (g *program) namedRanges(yield func(netipx.IPRange)) {
+	for _, f := range g.flows {
+		for _, r := range f.src.ranges {
+			yield(r)
+		}
+		for i := range f.parts {
+			switch pt := &f.parts[i]; pt.kind {
+			case partRange:
+				yield(pt.rng)
+			case partInternet:
+				for _, r := range internetSet.Ranges() {
+					yield(r)
+				}
+			case partAll:
+				for _, r := range everywhere {
+					yield(r)
+				}
+			}
+		}
+	}
+}
+
+// without is what is named and routed but no node's own, less what clients
+// never send; nil when the sets cannot be built.
+func without(named, routed, nodes *netipx.IPSetBuilder) *netipx.IPSet {
+	taken, err := nodes.IPSet()
+	if err != nil {
+		return nil
+	}
+	offered, err := routed.IPSet()
+	if err != nil {
+		return nil
+	}
+	named.Intersect(offered)
+	named.RemoveSet(taken)
+	before, err := named.IPSet()
+	if err != nil {
+		return nil
+	}
+	for _, p := range droppedRanges {
+		named.RemovePrefix(p)
+	}
+	if before.Contains(metadataAddr) {
+		named.Add(metadataAddr)
+	}
+	all, err := named.IPSet()
+	if err != nil {
+		return nil
+	}
+	return all
 }
 
 // flows compares what may be opened, between classes of points that both
@@ -442,17 +468,17 @@ func (d *differ) opens(i, from, to int) []span {
 		return nil
 	}
 	var out []span
-	receiver := -2
+	var paths []path
 	for _, r := range d.points.gets[i][to] {
 		f := s.g.flows[r.flow]
 		if _, ok := slices.BinarySearch(d.points.sends[i][from], int32(f.src.id)); !ok {
 			continue
 		}
 		if b.Slot < 0 {
-			if receiver == -2 {
-				receiver = s.a.path(a, b.Addr).receiver
+			if paths == nil {
+				paths = s.a.paths(a, b.Addr)
 			}
-			if receiver < 0 || !s.g.delivered(f, &f.parts[r.part], receiver, b) {
+			if !s.g.arrives(f, &f.parts[r.part], paths, b) {
 				continue
 			}
 		}

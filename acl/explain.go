@@ -74,13 +74,22 @@ func (a *Access) Explain(q Query) *Verdict {
 		v.Reason = fmt.Sprintf("%v and %v are of different address families", q.From.Addr, q.To.Addr)
 		return v
 	}
-	p := a.path(q.From, q.To.Addr)
+	paths := a.paths(q.From, q.To.Addr)
+	p := paths[0]
 	if p.receiver < 0 {
 		v.Reason = p.missing
 		return v
 	}
+	decisions := g.decide(q.From, q.To, p.receiver, q.Proto, q.Port)
+	for _, other := range paths[1:] {
+		if len(decisions) == 0 {
+			if found := g.decide(q.From, q.To, other.receiver, q.Proto, q.Port); len(found) > 0 {
+				p, decisions = other, found
+			}
+		}
+	}
 	v.Receiver, v.Route = p.receiver, p.route
-	for _, d := range g.decide(q.From, q.To, p.receiver, q.Proto, q.Port) {
+	for _, d := range decisions {
 		v.Via = v.Via || d.flow.via != nil
 		v.Rules = append(v.Rules, g.ruleUse(q, d))
 	}

@@ -100,39 +100,77 @@ func dropped(a netip.Addr) bool {
 	return a != metadataAddr && slices.ContainsFunc(droppedRanges, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// path finds the receiver of packets: the node with the address, or the peer
-// that the sender's routing table names for it. A sender that is no node is
+// unforwarded are destinations that no exit node forwards, although its default
+// route contains them: private networks and the tailnet's own ranges. Its own
+// subnet routes are another matter.
+var unforwarded = append([]netip.Prefix{
+	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"),
+	cgnat, netip.MustParsePrefix("fd7a:115c:a1e0::/48"),
+}, droppedRanges...)
+
+func forwarded(a netip.Addr) bool {
+	return !slices.ContainsFunc(unforwarded, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// paths finds the receivers of packets: the node with the address, or the peer
+// that the sender's routing table names for it. There are several only between
+// exit nodes, of which the sender's user chooses one; there is always at least
+// one entry, which may say that there is no way. A sender that is no node is
 // taken to stand behind the primary router of its address.
-func (a *Access) path(from Endpoint, to netip.Addr) path {
+func (a *Access) paths(from Endpoint, to netip.Addr) []path {
 	g := a.prog
-	if slot, ok := g.owner(to); ok {
-		return path{receiver: slot}
+	if from.Slot >= 0 && !a.uses(from.Slot, from.Addr) {
+		return []path{{receiver: -1, missing: fmt.Sprintf("%s does not use its address %v", g.name(from.Slot), from.Addr)}}
+	}
+	owner, owned := g.owner(to)
+	if owned && a.uses(owner, to) {
+		return []path{{receiver: owner}}
 	}
 	if dropped(to) {
-		return path{receiver: -1, missing: fmt.Sprintf("%v is a link-local or multicast address; clients drop it", to)}
+		return []path{{receiver: -1, missing: fmt.Sprintf("%v is a link-local or multicast address; clients drop it", to)}}
 	}
 	sender := from.Slot
 	if sender < 0 {
 		if sender = a.routerOf(from.Addr); sender < 0 {
-			return path{receiver: -1, missing: fmt.Sprintf("%v is neither a node nor behind a router of this tailnet", from.Addr)}
+			return []path{{receiver: -1, missing: fmt.Sprintf("%v is neither a node nor behind a router of this tailnet", from.Addr)}}
 		}
 	}
-	best := path{receiver: -1, missing: fmt.Sprintf("no router offers a route to %v that %v may use", to, from.Addr)}
-	if slices.ContainsFunc(a.self[sender].AllowedIPs, func(p netip.Prefix) bool { return p.Bits() > 0 && p.Contains(to) }) {
-		best.missing = fmt.Sprintf("%v is on the sender's own side of a route", to)
+	none := path{receiver: -1, missing: fmt.Sprintf("no router offers a route to %v that %v may use", to, from.Addr)}
+	if owned {
+		none.missing = fmt.Sprintf("%s does not use its address %v", g.name(owner), to)
 	}
+	if slices.ContainsFunc(a.self[sender].AllowedIPs, func(p netip.Prefix) bool { return p.Bits() > 0 && p.Contains(to) }) {
+		none.missing = fmt.Sprintf("%v is on the sender's own side of a route", to)
+	}
+	var best []path
 	v := a.views[sender]
 	for i, slot := range v.Slots {
 		if !a.rows[sender].Has(slot) {
 			continue
 		}
 		for _, p := range v.Peers[i].AllowedIPs {
-			if p.Contains(to) && (best.receiver < 0 || p.Bits() > best.route.Bits()) {
-				best = path{receiver: slot, route: p}
+			if p.Bits() == 0 && !forwarded(to) && !g.routesTo(slot, to) {
+				continue
+			}
+			switch {
+			case !p.Contains(to) || len(best) > 0 && p.Bits() < best[0].route.Bits():
+			case len(best) > 0 && p.Bits() == best[0].route.Bits():
+				best = append(best, path{receiver: slot, route: p})
+			default:
+				best = []path{{receiver: slot, route: p}}
 			}
 		}
 	}
+	if len(best) == 0 {
+		return []path{none}
+	}
 	return best
+}
+
+// uses reports whether the node uses its address: with disable-ipv4 it has an
+// IPv4 address that it does not use.
+func (a *Access) uses(slot int, addr netip.Addr) bool {
+	return slices.Contains(a.self[slot].Addresses, singlePrefix(addr))
 }
 
 // routerOf is the primary router of an address, -1 when it has none.

@@ -35,12 +35,12 @@ func (a *Access) ReachableFrom(from Endpoint) []Opening {
 					b.add(g, f, pt, slot, "", from)
 				}
 			case partInternet:
-				if p := a.path(from, internetProbe(from.Addr)); p.receiver >= 0 && (f.via == nil || f.via.nodes.has(p.receiver)) {
+				if g.arrives(f, pt, a.paths(from, internetProbe(from.Addr)), Endpoint{-1, internetProbe(from.Addr)}) {
 					b.add(g, f, pt, -1, "autogroup:internet", from)
 				}
 			case partRange:
 				g.within(pt.rng, func(slot int) { b.add(g, f, pt, slot, "", from) })
-				if p := a.path(from, pt.rng.From()); p.receiver >= 0 && p.route.IsValid() && g.delivered(f, pt, p.receiver, Endpoint{-1, pt.rng.From()}) {
+				if to := g.endpoint(pt.rng.From()); to.Slot < 0 && g.arrives(f, pt, a.paths(from, to.Addr), to) {
 					b.add(g, f, pt, -1, pt.text, from)
 				}
 			}
@@ -67,16 +67,13 @@ func (a *Access) WhoReaches(to Endpoint) []Opening {
 			if from.Addr.Is4() != to.Addr.Is4() || slot == to.Slot {
 				continue
 			}
-			p := a.path(from, to.Addr)
-			if p.receiver < 0 {
-				continue
-			}
+			paths := a.paths(from, to.Addr)
 			for _, f := range g.flows {
 				if f.isCap || !f.src.contains(from.Addr, slot) {
 					continue
 				}
 				for i := range f.parts {
-					if pt := &f.parts[i]; g.delivered(f, pt, p.receiver, to) {
+					if pt := &f.parts[i]; g.arrives(f, pt, paths, to) {
 						b.put(g, f, pt, slot, "")
 					}
 				}
@@ -84,6 +81,13 @@ func (a *Access) WhoReaches(to Endpoint) []Opening {
 		}
 	}
 	return b.list
+}
+
+// arrives reports whether the part lets packets arrive on one of the paths.
+func (g *program) arrives(f *flow, pt *part, paths []path, to Endpoint) bool {
+	return slices.ContainsFunc(paths, func(p path) bool {
+		return p.receiver >= 0 && g.delivered(f, pt, p.receiver, to)
+	})
 }
 
 // openings collects by node and range.

@@ -18,6 +18,7 @@ type source struct {
 	extra  []string         // everything else, as rendered, sorted
 	ranges []netipx.IPRange // what extra means; empty for "*"
 	any    bool             // extra has "*"
+	wild   bool             // extra includes everything that * means
 
 	srcIPs []string // rendered, sorted
 	hash   uint64
@@ -174,7 +175,7 @@ func (c *compiler) source(ss *sourceSet) *source {
 	for slot := range nodes.all {
 		list = append(list, int32(slot))
 	}
-	return c.intern(list, extra, ss.any)
+	return c.intern(list, extra, ss.any, ss.wild)
 }
 
 // ownAddresses folds literal addresses into the node set where that gives the
@@ -199,7 +200,7 @@ func (c *compiler) ownAddresses(nodes set, extra map[string]netipx.IPRange) (set
 }
 
 // intern finds or makes the source of these nodes and ranges.
-func (c *compiler) intern(list []int32, extra map[string]netipx.IPRange, any bool) *source {
+func (c *compiler) intern(list []int32, extra map[string]netipx.IPRange, any, wild bool) *source {
 	texts := sortedKeys(extra)
 	if any {
 		texts = append(texts, "*")
@@ -217,7 +218,7 @@ func (c *compiler) intern(list []int32, extra map[string]netipx.IPRange, any boo
 			return s
 		}
 	}
-	s := &source{id: len(c.sources), nodes: list, extra: texts, any: any}
+	s := &source{id: len(c.sources), nodes: list, extra: texts, any: any, wild: wild}
 	for _, t := range texts {
 		if t != "*" {
 			s.ranges = append(s.ranges, extra[t])
@@ -308,10 +309,16 @@ func (c *compiler) cover(s *source) {
 		return
 	}
 	s.cover.list = append(s.cover.list, s.nodes...)
-	for _, rng := range s.ranges {
+	if s.wild {
+		s.cover.list = append(s.cover.list, c.wildCover()...)
+	}
+	for i, rng := range s.ranges {
+		if _, ok := c.wild[s.extra[i]]; ok && s.wild {
+			continue
+		}
 		c.within(rng, func(slot int) { s.cover.list = append(s.cover.list, int32(slot)) })
-		for i := range c.subnets {
-			if sn := &c.subnets[i]; rng.Overlaps(netipx.RangeOfPrefix(sn.prefix)) {
+		for k := range c.subnets {
+			if sn := &c.subnets[k]; rng.Overlaps(netipx.RangeOfPrefix(sn.prefix)) {
 				s.cover.list = append(s.cover.list, sn.slot)
 			}
 		}
@@ -323,4 +330,26 @@ func (c *compiler) cover(s *source) {
 		}
 	}
 	s.cover.seal(c.n)
+}
+
+// wildCover lists the nodes that * overlaps: those with a tailnet address and
+// every approved router.
+func (c *compiler) wildCover() []int32 {
+	if c.wildNodes == nil {
+		c.wildNodes = []int32{}
+		for _, rng := range wildRanges {
+			c.within(rng, func(slot int) { c.wildNodes = append(c.wildNodes, int32(slot)) })
+			for i := range c.subnets {
+				if sn := &c.subnets[i]; sn.service && rng.Overlaps(netipx.RangeOfPrefix(sn.prefix)) {
+					c.wildNodes = append(c.wildNodes, sn.slot)
+				}
+			}
+		}
+		for i := range c.subnets {
+			if !c.subnets[i].service {
+				c.wildNodes = append(c.wildNodes, c.subnets[i].slot)
+			}
+		}
+	}
+	return c.wildNodes
 }

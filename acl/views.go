@@ -78,7 +78,7 @@ func (c *compiler) peerViews(attrs *attributes, r *routing, base []*PeerView) []
 func (v *viewPlan) subnet(r *routing, reach *reach, p netip.Prefix) {
 	c, rng := v.c, netipx.RangeOfPrefix(p)
 	taken := newSet(c.n)
-	steered := reach.viewers(taken, rng)
+	steered := reach.viewers(taken, rng, !r.services[p])
 	routers := r.routers[p]
 	if primary, ok := r.primary[p]; ok {
 		v.items = append(v.items, shown{
@@ -141,8 +141,9 @@ func newReach(c *compiler) *reach {
 
 // viewers adds everybody whom a rule without via lets reach the range, and
 // everybody whom the range may reach, for who accepts packets from a subnet
-// must know the route. It returns the flows with via.
-func (r *reach) viewers(out set, rng netipx.IPRange) (steered []*flow) {
+// must know the route. It returns the flows with via. An approved route is
+// part of what * means in a source.
+func (r *reach) viewers(out set, rng netipx.IPRange, approved bool) (steered []*flow) {
 	for _, f := range r.flows {
 		if !r.c.touches(f, rng) {
 			continue
@@ -154,7 +155,7 @@ func (r *reach) viewers(out set, rng netipx.IPRange) (steered []*flow) {
 		}
 	}
 	for _, s := range r.wide {
-		if r.c.sourceIn(s, rng) {
+		if s.wild && approved || r.c.sourceIn(s, rng) {
 			s.deliver.orInto(out)
 		}
 	}
