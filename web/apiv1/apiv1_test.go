@@ -45,6 +45,9 @@ type world struct {
 	apiKey  string
 }
 
+// firstPolicy is the default one with some tags.
+var firstPolicy = bytes.Replace(acl.Default(), []byte(`"tagOwners": {`), []byte(`"tagOwners": {"tag:a": [], "tag:db": [], "tag:web": [],`), 1)
+
 func newWorld(t *testing.T, with ...func(*Config)) *world {
 	t.Helper()
 	w := &world{t: t}
@@ -61,8 +64,7 @@ func newWorld(t *testing.T, with ...func(*Config)) *world {
 			return err
 		}
 		w.alice = u.ID
-		text := bytes.Replace(acl.Default(), []byte(`"tagOwners": {`), []byte(`"tagOwners": {"tag:a": [], "tag:db": [], "tag:web": [],`), 1)
-		_, err := tx.SetPolicy(text, "", nil)
+		_, err := tx.SetPolicy(firstPolicy, "", nil)
 		return err
 	})
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/signalbox-net/signalbox/acl"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
@@ -19,7 +18,7 @@ const openPolicy = `// everybody
 
 func TestPolicyIsKeptByteForByte(t *testing.T) {
 	w := newWorld(t)
-	if p := get[PolicyResponse](w, "GET", "/api/v1/policy", nil); p.Policy != string(acl.Default()) || p.UpdatedAt == nil {
+	if p := get[PolicyResponse](w, "GET", "/api/v1/policy", nil); p.Policy != string(firstPolicy) || p.UpdatedAt == nil {
 		t.Errorf("first policy = %+v", p)
 	}
 	w.clock.Add(int64(time.Minute))
@@ -57,7 +56,7 @@ func TestRejectedPolicyChangesNothing(t *testing.T) {
 			}
 		}
 	}
-	if got := get[PolicyResponse](w, "GET", "/api/v1/policy", nil); got.Policy != string(acl.Default()) {
+	if got := get[PolicyResponse](w, "GET", "/api/v1/policy", nil); got.Policy != string(firstPolicy) {
 		t.Errorf("stored policy = %q", got.Policy)
 	}
 	if now := w.replica.Current(); now.Revision() != before.Revision() || now.Access() != before.Access() {
