@@ -62,6 +62,7 @@ type client struct {
 	view      *view // nil for clients whose maps are not decoded
 	session   int   // epoch of the fleet in which the map stream began; -1 = none
 	full      bool  // this session has had its full map
+	wasFull   bool  // the session that ended last had it
 	changedAt time.Time
 	firstMap  time.Time // when this session had its full map
 	firstZ    []byte    // its KeepAlive frame
@@ -108,6 +109,17 @@ func (c *client) dial(ctx context.Context) (*link, error) {
 	c.link = l
 	c.mu.Unlock()
 	return l, nil
+}
+
+// from is the address that the client last connected from, as it is in the
+// server's log.
+func (c *client) from() net.Addr {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link == nil {
+		return nil
+	}
+	return c.link.tcp.LocalAddr()
 }
 
 // post sends one request inside Noise and returns the open answer.
@@ -211,7 +223,7 @@ func (c *client) poll(ctx context.Context, l *link, opened func()) error {
 func (c *client) beginView() {
 	c.viewMu.Lock()
 	defer c.viewMu.Unlock()
-	c.session, c.full, c.firstZ = int(c.fleet.epoch.Load()), false, nil
+	c.session, c.full, c.wasFull, c.firstZ = int(c.fleet.epoch.Load()), false, false, nil
 	if c.decodes() {
 		c.view = newView(c.fleet.book)
 		c.view.fault = c.fleet.faults.add
@@ -221,7 +233,7 @@ func (c *client) beginView() {
 func (c *client) endView() {
 	c.viewMu.Lock()
 	defer c.viewMu.Unlock()
-	c.session, c.full = -1, false
+	c.session, c.full, c.wasFull = -1, false, c.full
 }
 
 // maxSmall is the longest message that a client without a view still reads:

@@ -230,7 +230,13 @@ func (f *fleet) broken(c *client, epoch int, err error) {
 		f.faults.add("refused", "client %d: %v", c.index, err)
 		return
 	}
-	f.faults.add("session broken", "client %d: %v", c.index, err)
+	c.viewMu.Lock()
+	had := time.Since(c.firstMap).Round(time.Millisecond)
+	if !c.wasFull {
+		had = 0
+	}
+	c.viewMu.Unlock()
+	f.faults.add("session broken", "client %d from %v, %v after its first map (0 = before): %v", c.index, c.from(), had, err)
 }
 
 // brokenSessions returns how many were counted so far.
