@@ -280,3 +280,26 @@ func (s *Server) WaitNode(id tailcfg.NodeID, what string, cond func(*tailnet.Nod
 		}
 	}
 }
+
+// WaitTick waits until the server has done its duties of a second: it gives them one to do.
+func (s *Server) WaitTick() {
+	s.Helper()
+	var n *db.Node
+	s.Update(func(tx *db.Tx) error {
+		v4, v6, err := tx.AllocateAddrs(Pools)
+		if err != nil {
+			return err
+		}
+		name, err := tx.FreeName("tick", "tick")
+		if err != nil {
+			return err
+		}
+		n = &db.Node{
+			MachineKey: key.NewMachine().Public(), NodeKey: key.NewNode().Public(), User: s.User("carol"), GivenName: name, IPv4: v4, IPv6: v6,
+			Expiry: tx.Now().Add(-time.Second),
+		}
+		return tx.CreateNode(n)
+	})
+	s.WaitNode(n.ID, "expiry", func(n *tailnet.Node) bool { return n.Expired })
+	s.DeleteNode(n.ID)
+}
