@@ -56,7 +56,7 @@ func attach(t *testing.T, s *Server) (detach func() string) {
 }
 
 var (
-	syncBegins = regexp.MustCompile(`^(\d+) +f(?:data)?sync\(\d+<(.*)>`)
+	syncBegins = regexp.MustCompile(`^(\d+) +f(?:data)?sync\(\d+<([^>]*)>`)
 	syncEnds   = regexp.MustCompile(`^(\d+) .*f(?:data)?sync.*\) += (-?\d+)`)
 	answers    = regexp.MustCompile(`^\d+ +write\(\d+<(?:UNIX|socket).*, "HTTP/1.1 200 OK`)
 )

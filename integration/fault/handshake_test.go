@@ -48,6 +48,11 @@ func closes(t *testing.T, what string, c net.Conn) string {
 	return string(said)
 }
 
+// starved is how long an honest request may take while others misbehave. It
+// is far above what the server needs, since tests share their machine, and far
+// below the ten seconds that a place taken by a slow client stays taken.
+const starved = 5 * time.Second
+
 // latency measures an honest request while something else happens.
 func latency(t *testing.T, s *Server, stop <-chan struct{}) (worst time.Duration, n int) {
 	t.Helper()
@@ -77,7 +82,7 @@ func TestSlowloris(t *testing.T) {
 	honest.Go(func() {
 		worst, n := latency(t, s, stop)
 		t.Logf("%d honest requests, the slowest took %v", n, worst)
-		if worst > 2*time.Second {
+		if worst > starved {
 			t.Errorf("an honest request took %v", worst)
 		}
 	})

@@ -66,9 +66,9 @@ func TestKill9Loop(t *testing.T) {
 		verify(t, w, fmt.Sprintf("round %d", round))
 		repeatInterrupted(t, w)
 	}
-	t.Logf("%d writes were acknowledged in %d rounds", w.acks, rounds)
-	if w.acks < 20*int(rounds) {
-		t.Errorf("only %d writes were acknowledged in %d rounds: the server was killed before it had to do", w.acks, rounds)
+	t.Logf("%d writes were acknowledged in %d rounds, %d of them edits of the policy", w.acks, rounds, w.policies.Load())
+	if w.acks < 10*int(rounds) || w.policies.Load() == 0 {
+		t.Error("the server was killed before it had much to do")
 	}
 }
 

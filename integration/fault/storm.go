@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tailscale.com/tailcfg"
@@ -32,6 +35,8 @@ type storm struct {
 	server *Server
 	book   *Book
 	base   time.Time // keys are told apart by when they expire, seconds after base
+
+	policies atomic.Int64 // acknowledged edits of the policy
 
 	mu       sync.Mutex // guards the following fields
 	rand     *rand.Rand
@@ -96,8 +101,17 @@ func (w *storm) do(request func() error, facts ...[2]string) error {
 	for _, f := range facts {
 		w.book.Refused(f[0])
 	}
-	w.complain("%v: %v", facts, err)
+	if !again(err) {
+		w.complain("%q: %v", facts, err)
+	}
 	return nil
+}
+
+// again reports whether an edit only lost a race: a policy is judged by the
+// users it is stored for, and users come and go here all the time.
+func again(err error) bool {
+	e, ok := errors.AsType[*APIError](err)
+	return ok && e.Status == http.StatusConflict && strings.Contains(e.Body, "try again")
 }
 
 // run keeps all workers busy until ctx ends or the server is gone.
@@ -178,7 +192,13 @@ func policyText(n int) string {
 
 func (w *storm) editPolicy(ctx context.Context) error {
 	text := policyText(w.number())
-	return w.do(func() error { return w.server.setPolicy(ctx, text) }, [2]string{"policy", text})
+	return w.do(func() error {
+		err := w.server.setPolicy(ctx, text)
+		if err == nil {
+			w.policies.Add(1)
+		}
+		return err
+	}, [2]string{"policy", text})
 }
 
 // take picks a node that nobody works on; nil when there are at most spare.
