@@ -102,14 +102,13 @@ type rule struct {
 	at   int
 	end  int
 
-	src    []selector
-	dst    []destination
-	ports  []protoPorts // of a grant; an acl has its ports on dst
-	proto  int          // of an acl, 0 for the default set
-	apps   []appCap
-	via    []text
-	where  []*posture
-	viaSet map[string]bool
+	src   []selector
+	dst   []destination
+	ports []protoPorts // of a grant; an acl has its ports on dst
+	proto int          // of an acl, 0 for the default set
+	apps  []appCap
+	via   []text
+	where []*posture
 }
 
 type destination struct {

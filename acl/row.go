@@ -94,15 +94,6 @@ func (s set) count() int {
 	return n
 }
 
-func (s set) intersects(o set) bool {
-	for i, w := range s {
-		if w&o[i] != 0 {
-			return true
-		}
-	}
-	return false
-}
-
 func (s set) equal(o set) bool {
 	for i, w := range s {
 		if w != o[i] {
