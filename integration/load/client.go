@@ -387,7 +387,9 @@ func (c *client) run(ctx context.Context, l *link) {
 			}
 			continue
 		}
-		if !down {
+		// Nobody can connect to a server that we killed. A connection that it
+		// took, it must also keep.
+		if !down || !errors.Is(err, errDial) {
 			c.fleet.broken(c, epoch, err)
 		}
 		if !pause(ctx, backoff()) {
@@ -396,12 +398,14 @@ func (c *client) run(ctx context.Context, l *link) {
 	}
 }
 
+var errDial = errors.New("dial")
+
 // hold dials when it has no link, and polls until something breaks.
 func (c *client) hold(ctx context.Context, l *link) error {
 	if l == nil {
 		var err error
 		if l, err = c.dial(ctx); err != nil {
-			return fmt.Errorf("dial: %w", err)
+			return fmt.Errorf("%w: %w", errDial, err)
 		}
 	}
 	defer l.close()
