@@ -15,6 +15,14 @@ import (
 	"github.com/signalbox-net/signalbox/integration/sim"
 )
 
+// swift skips a test whose clients have to be about as fast as the server.
+func swift(t *testing.T) {
+	t.Helper()
+	if raced {
+		t.Skip("the race detector makes clients too slow to flood a server")
+	}
+}
+
 // each runs f for the numbers below n, at most wide of them at a time, until
 // one fails.
 func each(t *testing.T, n, wide int, f func(i int) error) {
@@ -80,6 +88,7 @@ func (s *Server) gauge(t *testing.T, name string) int {
 }
 
 func TestFloodOfHandshakes(t *testing.T) {
+	swift(t)
 	t.Parallel()
 	s := StartServer(t)
 	p := gather(t, s, 2)
@@ -144,6 +153,7 @@ func TestFloodOfHandshakes(t *testing.T) {
 }
 
 func TestManyJoinsOneAddress(t *testing.T) {
+	swift(t)
 	t.Parallel()
 	s := StartServer(t)
 	key, srv := s.NewKey("company"), s.Sim()
@@ -170,6 +180,7 @@ func TestManyJoinsOneAddress(t *testing.T) {
 }
 
 func TestReconnectsOneAddress(t *testing.T) {
+	swift(t)
 	t.Parallel()
 	s := StartServer(t)
 	key, srv := s.NewKey("company"), s.Sim()

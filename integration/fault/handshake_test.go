@@ -82,7 +82,7 @@ func TestSlowloris(t *testing.T) {
 	honest.Go(func() {
 		worst, n := latency(t, s, stop)
 		t.Logf("%d honest requests, the slowest took %v", n, worst)
-		if worst > starved {
+		if worst > starved && !raced {
 			t.Errorf("an honest request took %v", worst)
 		}
 	})

@@ -26,6 +26,9 @@ func TestKill9Loop(t *testing.T) {
 	t.Parallel()
 	s := StartServer(t)
 	rounds := number(t, "SIGNALBOX_FAULT_ROUNDS", 30)
+	if raced {
+		rounds = min(rounds, 5)
+	}
 	seed := number(t, "SIGNALBOX_FAULT_SEED", uint64(time.Now().UnixNano()))
 	t.Logf("seed %d; set SIGNALBOX_FAULT_SEED to repeat it", seed)
 	w := newStorm(s, seed)
