@@ -49,6 +49,7 @@ func TestKillServer(t *testing.T) {
 		t.Logf("%s sees the new client %v after it joined", old.Name, time.Since(start).Round(time.Millisecond))
 	}
 	for _, to := range []*Client{a, b} {
+		Meet(t, c, to)
 		c.AwaitTCP(t, to.IPv4(t), 7000, 20*time.Second)
 		to.AwaitTCP(t, c.IPv4(t), 7000, 20*time.Second)
 	}
