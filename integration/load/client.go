@@ -402,6 +402,9 @@ var errDial = errors.New("dial")
 
 // hold dials when it has no link, and polls until something breaks.
 func (c *client) hold(ctx context.Context, l *link) error {
+	c.viewMu.Lock()
+	c.wasFull = false
+	c.viewMu.Unlock()
 	if l == nil {
 		var err error
 		if l, err = c.dial(ctx); err != nil {
