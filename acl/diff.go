@@ -67,12 +67,13 @@ type CapChange struct {
 func Diff(old, new *Access) *Effect {
 	d := &differ{sides: [2]*side{newSide(old), newSide(new)}}
 	d.collectNodes()
-	e := &Effect{}
-	e.Flows = d.flows()
-	e.Peers = d.peers()
-	e.Logins = d.logins()
-	e.Caps = d.caps()
-	return e
+	// Empty lists, not nil ones, so that they are lists in JSON too.
+	return &Effect{
+		Flows:  append([]FlowChange{}, d.flows()...),
+		Peers:  append([]PeerChange{}, d.peers()...),
+		Logins: append([]LoginChange{}, d.logins()...),
+		Caps:   append([]CapChange{}, d.caps()...),
+	}
 }
 
 // side is one of the two policies.
