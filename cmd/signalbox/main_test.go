@@ -53,7 +53,8 @@ func code(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // serve starts a server and waits until it is ready. What it prints goes to the
-// file serve.out, the address of its main listener to $ADDR. It is stopped by
+// file serve.out, what it logs until then to serve.log, the address of its main
+// listener to $ADDR. It is stopped by
 // SIGTERM at the end of the script, and has to end well.
 func serve(ts *testscript.TestScript, neg bool, args []string) {
 	if neg {
@@ -83,6 +84,7 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 			addr = m[1]
 		}
 	}
+	ts.Check(os.WriteFile(ts.MkAbs("serve.log"), []byte(log.String()), 0o600))
 	drained := make(chan struct{})
 	go func() {
 		defer close(drained)

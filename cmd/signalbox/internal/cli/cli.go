@@ -175,7 +175,8 @@ the same in the default data directory.
 
 	root.AddCommand(
 		m.serveCmd(), m.configtestCmd(), m.dumpConfigCmd(), m.versionCmd(), m.healthCmd(), m.generateCmd(),
-		m.usersCmd(), m.nodesCmd(), m.preauthkeysCmd(), m.apikeysCmd(), m.authCmd(), m.policyCmd(), m.debugCmd(),
+		m.usersCmd(), m.nodesCmd(), m.preauthkeysCmd(), m.apikeysCmd(), m.authCmd(), m.policyCmd(),
+		m.tailnetCmd(), m.serversCmd(), m.auditCmd(), m.debugCmd(),
 	)
 	return root
 }

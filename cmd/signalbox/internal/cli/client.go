@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -103,22 +105,39 @@ func (c *client) overNetwork(addr, key string, insecure bool) (*client, error) {
 	return c, nil
 }
 
+// own is where the server has what Headscale lacks.
+const own = "/api/signalbox/v1"
+
 // call sends body as JSON (none when nil) and decodes the answer into out.
 func (c *client) call(ctx context.Context, method, path string, body, out any) error {
+	_, err := c.send(ctx, method, "/api/v1"+path, nil, body, out)
+	return err
+}
+
+// callOwn is call for paths below own.
+func (c *client) callOwn(ctx context.Context, method, path string, body, out any) error {
+	_, err := c.send(ctx, method, own+path, nil, body, out)
+	return err
+}
+
+// send is call for a whole path, with further headers, and returns those of
+// the answer.
+func (c *client) send(ctx context.Context, method, path string, header http.Header, body, out any) (http.Header, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var in io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		in = bytes.NewReader(b)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, c.base+"/api/v1"+path, in)
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, in)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	maps.Copy(req.Header, header)
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -127,23 +146,23 @@ func (c *client) call(ctx context.Context, method, path string, body, out any) e
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
-		return c.unreachable(err)
+		return nil, c.unreachable(err)
 	}
 	defer res.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
 	if err != nil {
-		return c.unreachable(err)
+		return nil, c.unreachable(err)
 	}
 	if res.StatusCode/100 != 2 {
-		return c.refused(res, answer)
+		return nil, c.refused(res, answer)
 	}
 	if out == nil {
-		return nil
+		return res.Header, nil
 	}
 	if err := json.Unmarshal(answer, out); err != nil {
-		return fmt.Errorf("%s: the answer is not what a Signalbox server says: %w", c.where, err)
+		return nil, fmt.Errorf("%s: the answer is not what a Signalbox server says: %w", c.where, err)
 	}
-	return nil
+	return res.Header, nil
 }
 
 // unreachable says why there was no answer, and what to do.
@@ -172,28 +191,36 @@ func (c *client) unreachable(err error) error {
 	return codedError{errors.New(msg), exitNoReply}
 }
 
-// refused turns an error answer into the server's own words.
+// A refusal is an answer that something was not done, in the server's words.
+type refusal struct {
+	status int
+	text   string
+	faults []struct{ Message, Location string }
+}
+
+func (r *refusal) Error() string { return r.text }
+
+// refused turns an error answer into a refusal.
 func (c *client) refused(res *http.Response, body []byte) error {
 	var p struct {
 		Title, Detail, Message string
 		Errors                 []struct{ Message, Location string }
 	}
-	if json.Unmarshal(body, &p) != nil || p.Detail == "" && p.Message == "" && p.Title == "" {
-		return fmt.Errorf("%s: answered %s", c.where, res.Status)
+	r := &refusal{status: res.StatusCode, text: fmt.Sprintf("%s: answered %s", c.where, res.Status)}
+	if json.Unmarshal(body, &p) == nil {
+		r.text, r.faults = cmp.Or(p.Detail, p.Message, p.Title, r.text), p.Errors
 	}
-	for _, s := range []string{p.Detail, p.Message, p.Title} {
-		if s != "" {
-			return errors.New(s)
-		}
-	}
-	return nil
+	return r
 }
 
 // get fetches the member of an answer, undecoded for the output and decoded
 // into out for the table.
 func (c *client) get(ctx context.Context, method, path string, body any, member string, out any) (json.RawMessage, error) {
+	if !strings.HasPrefix(path, own) {
+		path = "/api/v1" + path
+	}
 	var answer map[string]json.RawMessage
-	if err := c.call(ctx, method, path, body, &answer); err != nil {
+	if _, err := c.send(ctx, method, path, nil, body, &answer); err != nil {
 		return nil, err
 	}
 	raw := answer[member]

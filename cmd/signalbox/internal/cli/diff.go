@@ -1,92 +1,66 @@
 package cli
 
 import (
-	"fmt"
-	"strings"
+	"context"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/acl/tailnetfile"
 )
 
-// policyDiff compares what two policies do to the nodes of a tailnet file.
+// policyDiff compares what two policies do to the nodes of a tailnet.
 func (m *program) policyDiff() *cobra.Command {
 	var tailnet string
-	cmd := m.verb("diff OLD NEW", "Say what a change of policy opens and closes, by a tailnet file", 2, func(_ *cobra.Command, args []string) error {
-		_, t, err := readTailnet(tailnet)
+	cmd := m.verb("diff OLD NEW", "Say what a change of policy opens and closes", 2, func(cmd *cobra.Command, args []string) error {
+		f, t, err := m.tailnet(cmd.Context(), tailnet)
 		if err != nil {
 			return err
 		}
 		var sides [2]*acl.Access
-		for i, path := range args {
-			text, err := m.readPolicy(path)
+		for i, arg := range args {
+			text, name, err := m.policyText(cmd.Context(), arg, f, tailnet)
 			if err != nil {
-				return usageError{err}
+				return err
 			}
-			if sides[i], err = m.compileText(path, text, t); err != nil {
+			if sides[i], err = m.compileText(name, text, t); err != nil {
 				return err
 			}
 		}
 		e := acl.Diff(sides[0], sides[1])
 		return m.print(e, effectText(e))
 	})
-	cmd.Long = `It compares effects, not texts: connections, peers, SSH logins and
-capabilities. "+" is gained, "-" is lost.`
-	cmd.Flags().StringVar(&tailnet, "tailnet", "", "tailnet file in JSON")
-	required(cmd, "tailnet")
+	cmd.Long = `OLD and NEW are policy files (- is standard input), versions from 'policy
+history', or the word live; ./7 is a file called 7. Both are tried on the
+server's tailnet as it is now, or on the tailnet file of --tailnet, where live is
+the policy in that file.
+
+It compares effects, not texts: connections, peers, SSH logins and capabilities.
+"+" is gained, "-" is lost.`
+	cmd.Flags().StringVar(&tailnet, "tailnet", "", "ask no server: compare on the nodes of this tailnet file")
+	cmd.ValidArgsFunction = m.completeVersions(true)
 	return cmd
 }
 
-// effectText is the effect for a person, one change a line.
-func effectText(e *acl.Effect) string {
-	if e.Empty() {
-		return "Nothing changes."
-	}
-	var lines []string
-	section := func(title string, n int, line func(int) string) {
-		if n == 0 {
-			return
+// policyText finds a policy by what the arguments of diff may say, and its
+// name for messages. f is the tailnet at hand, from the file tailnet or, if
+// that is empty, from the server.
+func (m *program) policyText(ctx context.Context, arg string, f *tailnetfile.File, tailnet string) (text []byte, name string, err error) {
+	if arg == "live" {
+		if f.Policy == "" {
+			return nil, "", usagef("%s holds no policy", tailnet)
 		}
-		lines = append(lines, title)
-		for i := range n {
-			lines = append(lines, "  "+line(i))
+		return []byte(f.Policy), livePolicy, nil
+	}
+	if _, err := strconv.ParseInt(arg, 10, 64); err == nil {
+		if tailnet != "" {
+			return nil, "", usagef("version %s is on a server, which --tailnet does not ask; name a file", arg)
 		}
+		return m.versionText(ctx, arg)
 	}
-	section("Connections", len(e.Flows), func(i int) string {
-		f := e.Flows[i]
-		return fmt.Sprintf("%s %s -> %s: %s", sign(f.Opened), names(f.From), names(f.To), f.Allow)
-	})
-	section("Peers", len(e.Peers), func(i int) string {
-		p := e.Peers[i]
-		return fmt.Sprintf("%s %s see %s", sign(p.Appear), names(p.Viewers), names(p.Peers))
-	})
-	section("SSH logins", len(e.Logins), func(i int) string {
-		l := e.Logins[i]
-		return fmt.Sprintf("%s -> %s as %s: %s, was %s", names(l.From), names(l.To), l.User, l.Now, l.Was)
-	})
-	section("Capabilities", len(e.Caps), func(i int) string {
-		c := e.Caps[i]
-		text := fmt.Sprintf("%s %s: %s", sign(c.Gained), names(c.Nodes), c.Cap)
-		if len(c.Values) > 0 {
-			text += " " + strings.Join(c.Values, " ")
-		}
-		return text
-	})
-	return printableLines(lines)
-}
-
-func sign(gained bool) string {
-	if gained {
-		return "+"
+	if text, err = m.readPolicy(arg); err != nil {
+		return nil, "", usageError{err}
 	}
-	return "-"
-}
-
-// names shortens a long list: the whole one is in -o json.
-func names(list []string) string {
-	const most = 8
-	if len(list) > most {
-		return fmt.Sprintf("%s and %d more", strings.Join(list[:most], ", "), len(list)-most)
-	}
-	return strings.Join(list, ", ")
+	return text, arg, nil
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -13,12 +14,13 @@ import (
 	"github.com/signalbox-net/signalbox/acl"
 )
 
-// policyExplain answers why A reaches B or does not. It works on a tailnet
-// file; names are those of acl.Access.Endpoints.
+// policyExplain answers why A reaches B or does not. Names are those of
+// acl.Access.Endpoints.
 func (m *program) policyExplain() *cobra.Command {
-	var tailnet, path, proto, to string
-	cmd := m.verb("explain A [B[:PORT]]", "Say why A reaches B or does not, by a tailnet file", 0, func(_ *cobra.Command, args []string) error {
-		e, err := m.explainer(tailnet, path)
+	var from policySource
+	var proto, to string
+	cmd := m.verb("explain A [B[:PORT]]", "Say why A reaches B or does not", 0, func(cmd *cobra.Command, args []string) error {
+		e, err := m.explainer(cmd.Context(), &from)
 		if err != nil {
 			return err
 		}
@@ -37,14 +39,25 @@ func (m *program) policyExplain() *cobra.Command {
 		return nil
 	}
 	cmd.Long = `A and B are nodes (host name, id or address), hosts, services or addresses.
-With A alone it lists what A reaches, with --to B who reaches B. The policy is
-that of the tailnet file, or -f FILE. Without a port ICMP is asked for.`
-	cmd.Flags().StringVar(&tailnet, "tailnet", "", "tailnet file in JSON")
-	cmd.Flags().StringVarP(&path, "file", "f", "", "policy file in HuJSON; - for standard input")
+With A alone it lists what A reaches, with --to B who reaches B. It is about the
+server's nodes as they are now and the policy in effect; --as-of and -f try
+another policy on the same nodes. Without a port ICMP is asked for.`
+	cmd.Flags().StringVar(&from.tailnet, "tailnet", "", "ask no server: use the nodes, and without -f the policy, of this tailnet file")
+	cmd.Flags().StringVarP(&from.path, "file", "f", "", "policy file in HuJSON; - for standard input")
+	cmd.Flags().StringVar(&from.version, "as-of", "", "use this stored version of the policy")
 	cmd.Flags().StringVar(&proto, "proto", "", "protocol: tcp, udp, icmp, a name or a number (default tcp with a port, else icmp)")
 	cmd.Flags().StringVar(&to, "to", "", "list who reaches this")
-	required(cmd, "tailnet")
+	cmd.ValidArgsFunction = m.completeNodes(2)
+	must(cmd.RegisterFlagCompletionFunc("to", m.completeNodes(100)))
+	must(cmd.RegisterFlagCompletionFunc("as-of", m.completeVersions(false)))
 	return cmd
+}
+
+// policySource is where a policy and the tailnet for it come from.
+type policySource struct {
+	tailnet string // file; empty: the server
+	path    string // policy file; empty: that of the tailnet
+	version string // of the server, instead of path
 }
 
 // An explainer has a compiled policy and the names for its answers.
@@ -54,20 +67,32 @@ type explainer struct {
 	access *acl.Access
 }
 
-func (m *program) explainer(tailnet, path string) (*explainer, error) {
-	f, t, err := readTailnet(tailnet)
+func (m *program) explainer(ctx context.Context, from *policySource) (*explainer, error) {
+	if from.version != "" && (from.path != "" || from.tailnet != "") {
+		return nil, usagef("--as-of names a policy of the server: neither -f nor --tailnet go with it")
+	}
+	f, t, err := m.tailnet(ctx, from.tailnet)
 	if err != nil {
 		return nil, err
 	}
-	text := []byte(f.Policy)
-	if path != "" {
-		if text, err = m.readPolicy(path); err != nil {
+	text, name := []byte(f.Policy), livePolicy
+	switch {
+	case from.version != "":
+		if text, name, err = m.versionText(ctx, from.version); err != nil {
+			return nil, err
+		}
+	case from.path != "":
+		name = from.path
+		if text, err = m.readPolicy(from.path); err != nil {
 			return nil, usageError{err}
 		}
-	} else if path = tailnet + " (policy)"; f.Policy == "" {
-		return nil, usagef("%s holds no policy: name one with -f", tailnet)
+	case from.tailnet != "":
+		name = from.tailnet + " (policy)"
+		if f.Policy == "" {
+			return nil, usagef("%s holds no policy: name one with -f", from.tailnet)
+		}
 	}
-	a, err := m.compileText(path, text, t)
+	a, err := m.compileText(name, text, t)
 	return &explainer{m, t, a}, err
 }
 
@@ -81,11 +106,17 @@ func (e *explainer) name(slot int) string {
 	return fmt.Sprint("node ", e.t.Nodes[slot].ID)
 }
 
-func (e *explainer) endpoint(p acl.Endpoint) string {
-	if n := e.name(p.Slot); n != "" {
-		return n + " (" + p.Addr.String() + ")"
+// endpoint names an end by its node, if it is one, and all given addresses.
+func (e *explainer) endpoint(ends ...acl.Endpoint) string {
+	var addrs []string
+	for _, p := range ends {
+		addrs = append(addrs, p.Addr.String())
 	}
-	return p.Addr.String()
+	text := strings.Join(addrs, ", ")
+	if n := e.name(ends[0].Slot); n != "" {
+		return n + " (" + text + ")"
+	}
+	return text
 }
 
 // destination splits B[:PORT].
@@ -163,12 +194,29 @@ func (e *explainer) verdicts(a, b, proto string) error {
 	if len(all) == 0 {
 		all = append(all, e.access.Explain(acl.Query{From: from[0], To: to[0], Proto: num, Port: port}))
 	}
-	out, text := []verdictJSON{}, []string{}
+	out := []verdictJSON{}
 	for _, v := range all {
 		out = append(out, e.json(v))
-		text = append(text, e.text(v))
 	}
-	return e.m.print(out, strings.Join(text, "\n"))
+	return e.m.print(out, strings.Join(e.texts(all), "\n"))
+}
+
+// texts are the verdicts for a person. Two that differ in nothing but the
+// addresses of the same nodes, IPv4 and IPv6, are one.
+func (e *explainer) texts(all []*acl.Verdict) []string {
+	if len(all) == 2 && all[0].From.Slot >= 0 && all[0].From.Slot == all[1].From.Slot && all[0].To.Slot >= 0 && all[0].To.Slot == all[1].To.Slot {
+		_, why := e.text(all[0])
+		if _, other := e.text(all[1]); why == other && all[0].Allowed == all[1].Allowed {
+			head, _ := e.text(all[0], all[1])
+			return []string{head + "\n" + why}
+		}
+	}
+	var out []string
+	for _, v := range all {
+		head, why := e.text(v)
+		out = append(out, head+"\n"+why)
+	}
+	return out
 }
 
 func protoName(n int) string {
@@ -178,7 +226,9 @@ func protoName(n int) string {
 	return strconv.Itoa(n)
 }
 
-func (e *explainer) text(v *acl.Verdict) string {
+// text is a verdict in two parts: what, with the addresses of others that are
+// alike, and why.
+func (e *explainer) text(v *acl.Verdict, others ...*acl.Verdict) (what, why string) {
 	word := "DENIED"
 	if v.Allowed {
 		word = "ALLOWED"
@@ -187,7 +237,12 @@ func (e *explainer) text(v *acl.Verdict) string {
 	if v.Port != 0 {
 		proto += fmt.Sprintf(" port %d", v.Port)
 	}
-	lines := []string{fmt.Sprintf("%s  %s -> %s, %s", word, e.endpoint(v.From), e.endpoint(v.To), proto), "  " + v.Reason}
+	from, to := []acl.Endpoint{v.From}, []acl.Endpoint{v.To}
+	for _, o := range others {
+		from, to = append(from, o.From), append(to, o.To)
+	}
+	what = printable(fmt.Sprintf("%s  %s -> %s, %s", word, e.endpoint(from...), e.endpoint(to...), proto))
+	lines := []string{"  " + v.Reason}
 	rule := func(what string, r acl.RuleUse) {
 		lines = append(lines, fmt.Sprintf("  %s line %d (%s): %s", what, r.Line, r.Path, oneLine(r.Text)))
 		if len(r.Src) > 0 {
@@ -218,7 +273,7 @@ func (e *explainer) text(v *acl.Verdict) string {
 	for _, r := range v.SSH {
 		rule("SSH rule", r)
 	}
-	return printableLines(lines)
+	return what, printableLines(lines)
 }
 
 // oneLine is the start of a rule's text without its layout.

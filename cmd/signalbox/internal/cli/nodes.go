@@ -112,9 +112,10 @@ func v4First(addrs []string) []string {
 }
 
 // nodeID adds -i, which names the node that a verb works on.
-func nodeID(cmd *cobra.Command, id *string) {
+func (m *program) nodeID(cmd *cobra.Command, id *string) {
 	cmd.Flags().StringVarP(id, "identifier", "i", "", "the node's id")
 	required(cmd, "identifier")
+	must(cmd.RegisterFlagCompletionFunc("identifier", m.completeNodeIDs))
 	pre := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkID("--identifier", *id); err != nil {
@@ -208,7 +209,7 @@ func (m *program) nodesExpire() *cobra.Command {
 	})
 	cmd.Long = "The node stays in the database. An expired node has to log in again before it reaches others."
 	cmd.Aliases = []string{"logout", "exp", "e"}
-	nodeID(cmd, &id)
+	m.nodeID(cmd, &id)
 	cmd.Flags().StringVarP(&expiry, "expiry", "e", "", "when (RFC 3339); default now")
 	cmd.Flags().BoolVarP(&disable, "disable", "d", false, "let the node never expire")
 	return cmd
@@ -219,7 +220,7 @@ func (m *program) nodesRename() *cobra.Command {
 	cmd := m.verb("rename NEW_NAME", "Rename a node", 1, func(cmd *cobra.Command, args []string) error {
 		return m.nodeVerb(cmd, "POST", "/node/"+id+"/rename/"+url.PathEscape(args[0]), nil, "Node renamed to NAME")
 	})
-	nodeID(cmd, &id)
+	m.nodeID(cmd, &id)
 	return cmd
 }
 
@@ -247,7 +248,7 @@ func (m *program) nodesDelete() *cobra.Command {
 		return m.print(result("Node deleted"), "Node deleted")
 	})
 	cmd.Aliases = []string{"del"}
-	nodeID(cmd, &id)
+	m.nodeID(cmd, &id)
 	return cmd
 }
 
@@ -286,7 +287,7 @@ func (m *program) nodesTag() *cobra.Command {
 	})
 	cmd.Long = "The tags replace those that the node has. A tagged node belongs to its tags and to no user."
 	cmd.Aliases = []string{"tags", "t"}
-	nodeID(cmd, &id)
+	m.nodeID(cmd, &id)
 	cmd.Flags().StringSliceVarP(&tags, "tags", "t", nil, "the tags, as in tag:web,tag:prod")
 	required(cmd, "tags")
 	return cmd
@@ -307,7 +308,7 @@ func (m *program) nodesApproveRoutes() *cobra.Command {
 		return m.nodeVerb(cmd, "POST", "/node/"+id+"/approve_routes", map[string]any{"routes": list}, "Node NAME updated")
 	})
 	cmd.Long = `The routes replace those approved before; --routes "" takes all back. One of 0.0.0.0/0 and ::/0 stands for both.`
-	nodeID(cmd, &id)
+	m.nodeID(cmd, &id)
 	cmd.Flags().StringSliceVarP(&routes, "routes", "r", nil, "the routes, as in 10.0.0.0/24,192.168.0.0/24")
 	required(cmd, "routes")
 	return cmd

@@ -47,19 +47,16 @@ be read gives code 2.`
 	return cmd
 }
 
-// checkOffline is policy check without a server. Without a tailnet file it
-// covers what the text alone can tell.
-func (m *program) checkOffline(path, tailnet string, text []byte) error {
-	if tailnet == "" {
-		if _, err := acl.Parse(text); err != nil {
-			return m.refuseErrors(path, text, err)
-		}
-		return m.print(result("Policy is valid"), "Policy is valid (its text: users, nodes and tests need a server or --tailnet)")
+// checkText is policy check by the text alone.
+func (m *program) checkText(path string, text []byte) error {
+	if _, err := acl.Parse(text); err != nil {
+		return m.refuseErrors(path, text, err)
 	}
-	_, t, err := readTailnet(tailnet)
-	if err != nil {
-		return err
-	}
+	return m.print(result("Policy is valid"), "Policy is valid (its text: users, nodes and tests need a server or --tailnet)")
+}
+
+// checkAgainst is policy check on a tailnet.
+func (m *program) checkAgainst(t *acl.Tailnet, path string, text []byte) error {
 	compiled, rejection, err := tailnetfile.CompilePolicy(t, text)
 	if err != nil {
 		return err
@@ -70,10 +67,15 @@ func (m *program) checkOffline(path, tailnet string, text []byte) error {
 	if m.machine() {
 		return m.encode(m.Stdout, map[string]any{"Result": "Policy is valid", "warnings": compiled.Warnings})
 	}
-	for _, w := range compiled.Warnings {
+	m.warn(path, text, compiled.Warnings)
+	return m.print(nil, "Policy is valid")
+}
+
+// warn shows remarks about a valid policy to a person.
+func (m *program) warn(path string, text []byte, warnings []tailnetfile.Fault) {
+	for _, w := range warnings {
 		fmt.Fprintln(m.Stderr, "warning: "+withCaret(path, text, w.Line, w.Column, w.Message))
 	}
-	return m.print(nil, "Policy is valid")
 }
 
 // readTailnet reads a tailnet file. Its errors are about usage.
@@ -82,29 +84,38 @@ func readTailnet(path string) (*tailnetfile.File, *acl.Tailnet, error) {
 	if err != nil {
 		return nil, nil, usageError{err}
 	}
-	f, err := tailnetfile.Parse(doc)
-	if err != nil {
-		return nil, nil, usagef("%s: %w", path, err)
-	}
-	t, err := f.Tailnet()
+	f, t, err := parseTailnet(doc)
 	if err != nil {
 		return nil, nil, usagef("%s: %w", path, err)
 	}
 	return f, t, nil
 }
 
+func parseTailnet(doc []byte) (*tailnetfile.File, *acl.Tailnet, error) {
+	f, err := tailnetfile.Parse(doc)
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := f.Tailnet()
+	return f, t, err
+}
+
 // compileText makes a policy text into its effect on a tailnet. What is wrong
 // with the text is shown as refusePolicy does.
 func (m *program) compileText(path string, text []byte, t *acl.Tailnet) (*acl.Access, error) {
-	p, err := acl.Parse(text)
-	if err != nil {
-		return nil, m.refuseErrors(path, text, err)
-	}
-	a, err := acl.Compile(p, t)
+	a, err := compile(text, t)
 	if err != nil {
 		return nil, m.refuseErrors(path, text, err)
 	}
 	return a, nil
+}
+
+func compile(text []byte, t *acl.Tailnet) (*acl.Access, error) {
+	p, err := acl.Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	return acl.Compile(p, t)
 }
 
 // refuseErrors is refusePolicy for the error of package acl.
@@ -169,29 +180,24 @@ func withCaret(path string, text []byte, line, col int, msg string) string {
 	return head + "\n  " + shown + "\n  " + string(mark) + "^"
 }
 
-var serverPlace = regexp.MustCompile(`^policy:(\d+):(\d+): (.*)$`)
+var serverPlace = regexp.MustCompile(`^policy:(\d+):(\d+)$`)
 
-// inFile puts the file's name and the source line into a server's complaint:
-// the server sees the text only and calls it policy.
-func inFile(err error, path string, text []byte) error {
-	var coded codedError
-	if errors.As(err, &coded) {
+// refusedText shows a server's complaint about a policy as refusePolicy does:
+// the server sees the text only and calls it policy. Other errors stay.
+func (m *program) refusedText(err error, path string, text []byte) error {
+	var told *refusal
+	if !errors.As(err, &told) || len(told.faults) == 0 {
 		return err
 	}
-	lines := strings.Split(err.Error(), "\n")
-	found := false
-	for i, l := range lines {
-		g := serverPlace.FindStringSubmatch(l)
+	r := &tailnetfile.Rejection{Error: told.faults[0].Message}
+	for _, f := range told.faults {
+		g := serverPlace.FindStringSubmatch(f.Location)
 		if g == nil {
-			continue
+			return err
 		}
-		found = true
 		line, _ := strconv.Atoi(g[1])
 		col, _ := strconv.Atoi(g[2])
-		lines[i] = withCaret(path, text, line, col, g[3])
+		r.Errors = append(r.Errors, tailnetfile.Fault{Line: line, Column: col, Message: f.Message})
 	}
-	if found {
-		lines = append([]string{"the policy is refused"}, lines...)
-	}
-	return errors.New(strings.Join(lines, "\n"))
+	return m.refusePolicy(path, text, r)
 }

@@ -1,12 +1,13 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -20,33 +21,38 @@ func (m *program) policyCmd() *cobra.Command {
 	g := m.group("policy", "Manage the access policy")
 	get, set, check := m.policyGet(), m.policySet(), m.policyCheck()
 	noBypass(get, set, check)
-	g.AddCommand(get, set, check, m.policyCompile(), m.policyExplain(), m.policyDiff(), m.policyFmt())
+	g.AddCommand(get, m.policyShow(), set, check, m.policyHistory(), m.policyRollback(), m.policyExplain(), m.policyDiff(), m.policyFmt(), m.policyCompile())
 	return g
 }
 
 func (m *program) policyGet() *cobra.Command {
 	cmd := m.verb("get", "Print the policy in effect, as it was stored", 0, func(cmd *cobra.Command, _ []string) error {
-		c, err := m.client()
-		if err != nil {
-			return err
-		}
-		var answer struct {
-			Policy    string
-			UpdatedAt *time.Time
-		}
-		if err := c.call(cmd.Context(), "GET", "/policy", nil, &answer); err != nil {
-			return err
-		}
-		// The text is for `policy set` and for editors: it is never wrapped
-		// into JSON.
-		if !strings.HasSuffix(answer.Policy, "\n") {
-			answer.Policy += "\n"
-		}
-		_, err = io.WriteString(m.Stdout, answer.Policy)
-		return err
+		return m.printLive(cmd.Context())
 	})
-	cmd.Aliases = []string{"show", "view", "fetch"}
+	cmd.Aliases = []string{"view", "fetch"}
 	return cmd
+}
+
+func (m *program) printLive(ctx context.Context) error {
+	c, err := m.client()
+	if err != nil {
+		return err
+	}
+	var answer struct{ Policy string }
+	if err := c.call(ctx, "GET", "/policy", nil, &answer); err != nil {
+		return err
+	}
+	return m.printText(answer.Policy)
+}
+
+// printText is for `policy set` and for editors: a policy is never wrapped
+// into JSON.
+func (m *program) printText(policy string) error {
+	if !strings.HasSuffix(policy, "\n") {
+		policy += "\n"
+	}
+	_, err := io.WriteString(m.Stdout, policy)
+	return err
 }
 
 // readPolicy reads the file, or standard input for "-".
@@ -102,29 +108,28 @@ func noBypass(cmds ...*cobra.Command) {
 }
 
 func (m *program) policySet() *cobra.Command {
-	var path string
+	var ch change
 	var allowAll bool
-	cmd := m.verbFile("set", "Replace the policy", &path, func(cmd *cobra.Command) error {
-		text, err := m.readPolicy(path)
-		if err != nil {
+	var note string
+	cmd := m.verbFile("set", "Replace the policy", &ch.path, func(cmd *cobra.Command) (err error) {
+		if ch.text, err = m.readPolicy(ch.path); err != nil {
 			return err
 		}
 		// A text with faults gets the server's answer: the faults come first.
-		if _, err := acl.Parse(text); err == nil && !allowAll && allowsAll(text) {
+		if p, err := acl.Parse(ch.text); err == nil && p.AllowsAll() && !allowAll {
 			return errors.New("this policy has neither acls nor grants, which allows everything to everybody; say --allow-all if that is meant")
 		}
-		c, err := m.client()
-		if err != nil {
-			return err
+		ch.done = "Policy updated."
+		ch.send = func(ctx context.Context, c *client, header http.Header) (http.Header, error) {
+			return c.send(ctx, "PUT", "/api/v1/policy", header, map[string]string{"policy": string(ch.text), "note": note}, nil)
 		}
-		if err := c.call(cmd.Context(), "PUT", "/policy", map[string]string{"policy": string(text)}, nil); err != nil {
-			return inFile(err, path, text)
-		}
-		return m.print(result("Policy updated."), "Policy updated.")
+		return m.change(cmd.Context(), &ch)
 	})
 	cmd.Long = "The policy's own tests have to pass. A refused policy changes nothing."
 	cmd.Aliases = []string{"put", "update"}
 	cmd.Flags().BoolVar(&allowAll, "allow-all", false, "accept a policy without acls and grants, which allows everything")
+	cmd.Flags().StringVar(&note, "note", "", "remark for 'policy history'")
+	ch.flags(cmd)
 	return cmd
 }
 
@@ -136,20 +141,32 @@ func (m *program) policyCheck() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if offline || tailnet != "" {
-			return m.checkOffline(path, tailnet, text)
+		if offline && tailnet == "" {
+			return m.checkText(path, text)
 		}
-		c, err := m.client()
+		_, t, err := m.tailnet(cmd.Context(), tailnet)
 		if err != nil {
 			return err
 		}
-		if err := c.call(cmd.Context(), "POST", "/policy/check", map[string]string{"policy": string(text)}, nil); err != nil {
-			return inFile(err, path, text)
+		if tailnet == "" {
+			if err := m.checkServer(cmd.Context(), path, text); err != nil {
+				return err
+			}
 		}
-		return m.print(result("Policy is valid"), "Policy is valid")
+		return m.checkAgainst(t, path, text)
 	})
 	cmd.Long = "The server checks it against its users and nodes and runs the policy's tests; nothing changes."
 	cmd.Flags().BoolVar(&offline, "offline", false, "ask no server: check the text only")
 	cmd.Flags().StringVar(&tailnet, "tailnet", "", "ask no server: check against the users and nodes of this tailnet file")
 	return cmd
+}
+
+// checkServer asks the server, which has the last word.
+func (m *program) checkServer(ctx context.Context, path string, text []byte) error {
+	c, err := m.client()
+	if err != nil {
+		return err
+	}
+	err = c.call(ctx, "POST", "/policy/check", map[string]string{"policy": string(text)}, nil)
+	return m.refusedText(err, path, text)
 }
