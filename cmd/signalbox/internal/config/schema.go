@@ -28,7 +28,7 @@ var schema = []key{
 	{Name: "listen_addr", At: func(c *Config) any { return &c.ListenAddr }, Default: "127.0.0.1:8080",
 		Doc: "Address of the main listener. It speaks HTTPS when a certificate is configured (tls_*), else plain HTTP. Port 0 takes a free port."},
 	{Name: "metrics_listen_addr", At: func(c *Config) any { return &c.MetricsListenAddr }, Default: "127.0.0.1:9090",
-		Doc: "Address of the listener for /metrics and /debug/. Keep it private. Empty switches it off."},
+		Doc: "Address of the listener for /metrics and /debug/. Keep it private. Empty switches it off. If the default is taken, the server goes on without; an address that is set here has to be free."},
 	{Name: "trusted_proxies", At: func(c *Config) any { return &c.TrustedProxies },
 		Doc: "Addresses or prefixes of reverse proxies. Only from them X-Forwarded-For and the like are believed."},
 
