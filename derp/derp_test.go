@@ -410,16 +410,29 @@ func TestRegionPublishesBoundPorts(t *testing.T) {
 	if err := validateRegion(999, r); err != nil {
 		t.Fatal(err)
 	}
-	if r.RegionCode != "signalbox" || r.RegionName != "Home" || len(r.Nodes) != 2 {
+	if r.RegionCode != "signalbox" || r.RegionName != "Home" || len(r.Nodes) != 1 {
 		t.Fatalf("region: %+v", r)
 	}
-	relay, second := r.Nodes[0], r.Nodes[1]
+	relay := r.Nodes[0]
 	if relay.DERPPort != s.tlsLn.Addr().(*net.TCPAddr).Port || relay.STUNPort != s.stunPC[0].LocalAddr().(*net.UDPAddr).Port ||
 		relay.CertName != s.pin || relay.IPv4 != "192.0.2.7" || relay.IPv6 != "" || relay.STUNOnly {
 		t.Errorf("relay node: %+v", relay)
 	}
-	if !second.STUNOnly || second.STUNPort != s.stunPC[1].LocalAddr().(*net.UDPAddr).Port || second.DERPPort != 0 || second.CertName != "" {
-		t.Errorf("second node: %+v", second)
+	c := s.Companion(1000)
+	if err := validateRegion(1000, c); err != nil {
+		t.Fatal(err)
+	}
+	second := c.Nodes[0]
+	if second.STUNPort != s.stunPC[1].LocalAddr().(*net.UDPAddr).Port || second.DERPPort != relay.DERPPort || second.CertName != s.pin ||
+		second.STUNOnly || second.Name == relay.Name {
+		t.Errorf("companion node: %+v", second)
+	}
+}
+
+func TestCompanionNeedsASecondPort(t *testing.T) {
+	s := start(t, Config{HostName: "relay.example", STUNListen: "127.0.0.1:0"})
+	if c := s.Companion(1000); c != nil {
+		t.Errorf("companion without a second STUN port: %+v", c)
 	}
 }
 

@@ -40,15 +40,41 @@ func checkHostName(h string) error {
 // Region is the embedded region as the DERP map carries it, with the ports
 // that Listen bound. Each call makes a new value, owned by the caller.
 func (s *Server) Region() *tailcfg.DERPRegion {
-	s.mu.Lock()
-	tlsLn, stun := s.tlsLn, s.stunPC
-	s.mu.Unlock()
+	c := &s.cfg
+	n := s.node(c.RegionID, 0, c.STUNListen)
+	return &tailcfg.DERPRegion{RegionID: c.RegionID, RegionCode: c.RegionCode, RegionName: c.RegionName, Nodes: []*tailcfg.DERPNode{n}}
+}
 
+// CompanionScore is what the latency of the companion region is multiplied
+// with (tailcfg.DERPHomeParams.RegionScore), so that no client calls it home
+// while it reaches the embedded one.
+const CompanionScore = 10
+
+// Companion is the same relay once more, as a region of its own with the
+// second STUN port: a client learns that its NAT is hard when two servers see
+// it at different ports, and it asks one node of a region only. It is a whole
+// relay, since a client may choose it as its home all the same. Nil without a
+// second STUN port. id is a region id that the map does not have yet.
+func (s *Server) Companion(id int) *tailcfg.DERPRegion {
+	if s.cfg.STUNSecondListen == "" {
+		return nil
+	}
+	n := s.node(id, 1, s.cfg.STUNSecondListen)
+	return &tailcfg.DERPRegion{
+		RegionID: id, RegionCode: s.cfg.RegionCode + "-nat", RegionName: s.cfg.RegionName + " (second STUN port)", Nodes: []*tailcfg.DERPNode{n},
+	}
+}
+
+// node is this relay as a node of a region, with one of its STUN ports.
+func (s *Server) node(region, stun int, listen string) *tailcfg.DERPNode {
+	s.mu.Lock()
+	tlsLn, pc := s.tlsLn, s.stunPC[stun]
+	s.mu.Unlock()
 	c := &s.cfg
 	v4, v6 := publishedAddrs(c)
-	relay := &tailcfg.DERPNode{
-		Name:      c.nodeName("a"),
-		RegionID:  c.RegionID,
+	n := &tailcfg.DERPNode{
+		Name:      c.nodeName(region),
+		RegionID:  region,
 		HostName:  c.HostName,
 		IPv4:      v4,
 		IPv6:      v6,
@@ -59,39 +85,22 @@ func (s *Server) Region() *tailcfg.DERPRegion {
 	}
 	switch {
 	case tlsLn != nil:
-		relay.DERPPort = tlsLn.Addr().(*net.TCPAddr).Port
+		n.DERPPort = tlsLn.Addr().(*net.TCPAddr).Port
 	case c.TLSListen != "":
-		relay.DERPPort = portOf(c.TLSListen)
+		n.DERPPort = portOf(c.TLSListen)
 	}
-	if p := stunPort(stun[0], c.STUNListen); p != 0 {
-		relay.STUNPort = p
+	if p := stunPort(pc, listen); p != 0 {
+		n.STUNPort = p
 	}
-	r := &tailcfg.DERPRegion{
-		RegionID:   c.RegionID,
-		RegionCode: c.RegionCode,
-		RegionName: c.RegionName,
-		Nodes:      []*tailcfg.DERPNode{relay},
-	}
-	if p := stunPort(stun[1], c.STUNSecondListen); p != 0 {
-		r.Nodes = append(r.Nodes, &tailcfg.DERPNode{
-			Name:     c.nodeName("b"),
-			RegionID: c.RegionID,
-			HostName: c.HostName,
-			IPv4:     v4,
-			IPv6:     v6,
-			STUNPort: p,
-			STUNOnly: true,
-		})
-	}
-	return r
+	return n
 }
 
 // nodeName is a name that no other node of the map has.
-func (c *Config) nodeName(kind string) string {
+func (c *Config) nodeName(region int) string {
 	if c.Instance == 0 {
-		return fmt.Sprintf("%d%s", c.RegionID, kind)
+		return fmt.Sprintf("%da", region)
 	}
-	return fmt.Sprintf("%d%s-%d", c.RegionID, kind, c.Instance)
+	return fmt.Sprintf("%da-%d", region, c.Instance)
 }
 
 // publishedAddrs are tailcfg.DERPNode.IPv4 and IPv6. A client takes an empty

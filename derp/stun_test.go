@@ -23,7 +23,7 @@ func TestSTUNAnswersOnBothPorts(t *testing.T) {
 	defer pc.Close()
 	pc.SetDeadline(time.Now().Add(10 * time.Second))
 	self := pc.LocalAddr().(*net.UDPAddr).AddrPort()
-	for _, n := range s.Region().Nodes {
+	for _, n := range append(s.Region().Nodes, s.Companion(1000).Nodes...) {
 		dst := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: n.STUNPort}
 		tx := stun.NewTxID()
 		// Garbage in front must change nothing.
@@ -57,7 +57,7 @@ func TestSTUNAnswersFromTheAddressAsked(t *testing.T) {
 		t.Skip("127.0.0.2 is an address of Linux machines only")
 	}
 	s := start(t, Config{STUNListen: "0.0.0.0:0", STUNSecondListen: ":0"})
-	for _, n := range s.Region().Nodes {
+	for _, n := range append(s.Region().Nodes, s.Companion(1000).Nodes...) {
 		nc, err := net.Dial("udp", net.JoinHostPort("127.0.0.2", strconv.Itoa(n.STUNPort)))
 		if err != nil {
 			t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -34,7 +35,7 @@ func (s *server) storeSettings(ctx context.Context) error {
 			Domains: s.cfg.Policy.Domains, Taildrop: s.cfg.Taildrop.Enabled, LogTail: s.cfg.LogTail.Enabled, AutoUpdate: s.cfg.AutoUpdate.Enabled,
 			ControlURL: noiseURL(s.cfg.ServerURL),
 		},
-		s.mapSetting(): regions,
+		s.mapSetting(): s.withCompanion(regions),
 	}
 	if d.ExtraRecordsPath == "" {
 		records := []tailcfg.DNSRecord{}
@@ -68,10 +69,33 @@ func putSetting(tx *db.Tx, name string, doc any) error {
 
 // putDERPMap stores a new relay map, which then reaches the clients like any other change.
 func (s *server) putDERPMap(m *tailcfg.DERPMap) {
+	m = s.withCompanion(m)
 	_, err := s.ledger.Do(context.Background(), system, func(tx *db.Tx) error { return putSetting(tx, s.mapSetting(), m) })
 	if err != nil {
 		s.log.Error("store the relay map", "err", err)
 	}
+}
+
+// withCompanion adds the region by which clients find out what their NAT is like.
+func (s *server) withCompanion(m *tailcfg.DERPMap) *tailcfg.DERPMap {
+	if s.relay == nil || !s.cfg.DERP.Server.AutomaticallyAddEmbeddedDERPRegion {
+		return m
+	}
+	id := s.relay.Region().RegionID + 1
+	for m.Regions[id] != nil {
+		id++
+	}
+	second := s.relay.Companion(id)
+	if second == nil {
+		return m
+	}
+	out := &tailcfg.DERPMap{HomeParams: &tailcfg.DERPHomeParams{RegionScore: map[int]float64{}}, OmitDefaultRegions: m.OmitDefaultRegions, Regions: maps.Clone(m.Regions)}
+	if m.HomeParams != nil {
+		maps.Copy(out.HomeParams.RegionScore, m.HomeParams.RegionScore)
+	}
+	out.HomeParams.RegionScore[id] = derp.CompanionScore
+	out.Regions[id] = second
+	return out
 }
 
 // mapSetting is where this server's relay map is stored. Clients get the maps of all servers together.
