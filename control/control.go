@@ -91,7 +91,7 @@ func New(cfg Config) (*Server, error) {
 	s.Poll = poll.New(poll.Config{Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Log: cfg.Log, Now: cfg.Now, KeepAlive: cfg.KeepAlive, Grace: cfg.Grace, Stall: cfg.Stall})
 	s.Register = register.New(register.Config{
 		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, ServerURL: cfg.ServerURL, IDKey: cfg.IDKey, Pools: cfg.Pools,
-		NodeExpiry: cfg.NodeExpiry, Reserved: cfg.Reserved, Log: cfg.Log, Now: cfg.Now,
+		NodeExpiry: cfg.NodeExpiry, Reserved: cfg.Reserved, FarewellDue: s.Poll.FarewellDue, Log: cfg.Log, Now: cfg.Now,
 	})
 	s.ssh = sshaction.New(sshaction.Config{
 		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Registrar: s.Register, ServerURL: cfg.ServerURL, Log: cfg.Log, Now: cfg.Now,

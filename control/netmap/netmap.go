@@ -137,14 +137,15 @@ func must(v any) []byte {
 }
 
 // Farewell tells a client whose node was deleted that its key is no longer good, so that it asks its user to log in again instead of
-// polling for ever.
-func Farewell(n *tailnet.Node, domain string) Message {
+// polling for ever. A first map without relays would switch them off in the client for good, so relays go with it; nil is for a client that has
+// them already.
+func Farewell(n *tailnet.Node, domain string, relays *tailcfg.DERPMap) Message {
 	self := &tailcfg.Node{
 		ID: n.ID, StableID: n.StableID, Name: n.FQDN, User: n.SelfUser(), Key: n.NodeKey, KeyExpiry: longAgo, Expired: true, MachineAuthorized: true,
 		Addresses: prefixes(n), AllowedIPs: prefixes(n),
 	}
 	return Message{Frames: []Frame{frame(must(&tailcfg.MapResponse{
-		Node: self, Domain: domain, PacketFilters: map[string][]tailcfg.FilterRule{"base": {}},
+		Node: self, Domain: domain, PacketFilters: map[string][]tailcfg.FilterRule{"base": {}}, DERPMap: relays,
 	}))}}
 }
 

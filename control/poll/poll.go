@@ -198,19 +198,29 @@ func (s *Server) serveUnknown(w http.ResponseWriter, r *http.Request, m key.Mach
 		http.Error(w, unknown, http.StatusUnauthorized)
 		return
 	}
-	settings := s.cfg.Replica.Current().Settings()
+	snap := s.cfg.Replica.Current()
+	settings := snap.Settings()
 	gone := &tailnet.Node{FQDN: t.Name + "." + settings.Suffix(), Node: &db.Node{
 		ID: t.Node, StableID: t.StableID, MachineKey: m, NodeKey: req.NodeKey, Tags: []string{"tag:deleted"},
 	}}
 	s.Farewells.Add(1)
 	raw := req.Compress == ""
 	_, _ = w.Write(netmap.KeepAliveWire(raw))
-	_, _ = w.Write(netmap.Wire(netmap.Farewell(gone, settings.DNS.BaseDomain), raw))
+	_, _ = w.Write(netmap.Wire(netmap.Farewell(gone, settings.DNS.BaseDomain, snap.DERPMap()), raw))
 }
 
 // mayAsk admits one look for a tombstone a minute and pair of keys, and so bounds what strangers can make the database do.
 func (s *Server) mayAsk(m key.MachinePublic, n key.NodePublic) bool {
-	return s.gone.Allow(limit.Bytes(n.AppendTo(m.UntypedBytes())), s.cfg.Now())
+	return s.gone.Allow(pairKey(m, n), s.cfg.Now())
+}
+
+// FarewellDue reports whether the next map request of a pair of keys would be answered with a farewell, if its node was deleted.
+func (s *Server) FarewellDue(m key.MachinePublic, n key.NodePublic) bool {
+	return !s.gone.Empty(pairKey(m, n), s.cfg.Now())
+}
+
+func pairKey(m key.MachinePublic, n key.NodePublic) limit.Key {
+	return limit.Bytes(n.AppendTo(m.UntypedBytes()))
 }
 
 // serveReport takes what a client says of itself. Its answer is empty, and sent after the report is on disk.

@@ -492,6 +492,9 @@ func TestDeletedNodeIsToldFarewell(t *testing.T) {
 			t.Fatalf("messages %+v", messages)
 		}
 		checkFarewell(t, messages[1], a, id)
+		if messages[1].DERPMap == nil || len(messages[1].DERPMap.Regions) == 0 {
+			t.Error("a first map without relays switches them off in the client for good")
+		}
 		return true
 	}
 	if !told() || told() || told() {
@@ -509,6 +512,32 @@ func TestDeletedNodeIsToldFarewell(t *testing.T) {
 	}
 	a.Join(g.key)
 	sees(t, a.Poll(), "b")
+}
+
+// A client that starts with a node key registers before it polls. Told to log in there, it would go on with the network that it remembers.
+func TestDeletedWhileAwayReachesItsFarewell(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	a := g.join("a")
+	id := a.ID()
+	g.DeleteNode(id)
+	resp, status := a.Register(a.RegisterRequest(""))
+	if status != http.StatusOK || resp.AuthURL != "" || resp.Error != "" || !resp.MachineAuthorized {
+		t.Fatalf("register = %+v, status %d; want to be let through", resp, status)
+	}
+	st, _ := a.Stream(nil)
+	if st == nil {
+		t.Fatal("no farewell")
+	}
+	st.WaitEnd()
+	messages, _ := st.Messages()
+	checkFarewell(t, messages[len(messages)-1], a, id)
+	if resp, _ := a.Register(a.RegisterRequest("")); resp.AuthURL == "" {
+		t.Errorf("register after the farewell = %+v, want a login", resp)
+	}
+	if resp, _ := g.NewClient("stranger").Register(g.NewClient("stranger").RegisterRequest("")); resp != nil && resp.MachineAuthorized {
+		t.Error("a stranger was let through")
+	}
 }
 
 func checkFarewell(t *testing.T, m *tailcfg.MapResponse, c *controltest.Client, id tailcfg.NodeID) {

@@ -334,7 +334,7 @@ func (x *Session) advance(snap *tailnet.Snapshot) (sent, over bool, err error) {
 	if n == nil {
 		old := x.at.Node(x.node)
 		x.srv.Farewells.Add(1)
-		return true, true, x.write(netmap.Wire(netmap.Farewell(old, snap.Settings().DNS.BaseDomain), x.raw))
+		return true, true, x.write(netmap.Wire(netmap.Farewell(old, snap.Settings().DNS.BaseDomain, nil), x.raw))
 	}
 	if n.NodeKey != x.key {
 		return false, true, nil

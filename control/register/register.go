@@ -40,8 +40,10 @@ type Config struct {
 	Pools      db.Pools
 	NodeExpiry time.Duration // key expiry of people's nodes; 0 means never
 	Reserved   []string      // labels that no device may have
-	Log        *slog.Logger  // nil discards
-	Now        func() time.Time
+	// FarewellDue reports whether a map request of the two keys would be answered with the farewell of a deleted node. Nil means never.
+	FarewellDue func(key.MachinePublic, key.NodePublic) bool
+	Log         *slog.Logger // nil discards
+	Now         func() time.Time
 }
 
 // A Registrar admits devices.
@@ -215,9 +217,29 @@ func (a *attempt) serve(ctx context.Context) (*tailcfg.RegisterResponse, error) 
 		return a.welcome(known.Node), nil
 	case req.Auth != nil && req.Auth.AuthKey != "":
 		return a.byAuthKey(ctx, req.Auth.AuthKey)
-	default:
-		return a.begin(ctx)
 	}
+	if due, err := a.farewellDue(ctx); err != nil {
+		return nil, err
+	} else if due {
+		return &tailcfg.RegisterResponse{MachineAuthorized: true}, nil
+	}
+	return a.begin(ctx)
+}
+
+// farewellDue reports whether the client is one of a node that was deleted while it was away and has not been told so yet. Such a client, told
+// to log in here, would go on showing the network that it remembers; so it is let through to its map, which says that its key has ended.
+func (a *attempt) farewellDue(ctx context.Context) (bool, error) {
+	if a.cfg.FarewellDue == nil || !a.cfg.FarewellDue(a.machine, a.req.NodeKey) {
+		return false, nil
+	}
+	err := a.cfg.Store.View(ctx, func(r *db.Reader) error {
+		_, err := r.In(a.cfg.Ledger.Tailnet()).Tombstone(a.machine, a.req.NodeKey)
+		return err
+	})
+	if errors.Is(err, db.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // logout reports whether the request asks to end the node key: by an expiry in the past.
