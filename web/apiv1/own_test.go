@@ -2,6 +2,8 @@ package apiv1
 
 import (
 	"encoding/json"
+	"strconv"
+	"strings"
 	"testing"
 
 	"tailscale.com/tailcfg"
@@ -106,6 +108,20 @@ func TestRollbackMakesAnEarlierVersionLive(t *testing.T) {
 
 func TestExportCompilesOfflineToTheSame(t *testing.T) {
 	w := policyWorld(t)
+	for name, routes := range map[string][]string{"router": {"10.1.0.0/16", "10.2.0.0/16"}, "exit": {"0.0.0.0/0", "::/0"}} {
+		id := w.addNode(name, w.alice, nil, routes...)
+		get[NodeResponse](w, "POST", "/api/v1/node/"+strconv.FormatInt(int64(id), 10)+"/approve_routes", map[string]any{"routes": routes})
+	}
+	w.addNode("server", 0, []string{"tag:server"})
+	get[PolicyResponse](w, "PUT", "/api/v1/policy", PolicyRequest{`{
+		"tagOwners": {"tag:server": ["alice@example.com"]}, "postures": {"posture:linux": ["node:os == 'linux'"]},
+		"acls": [
+			{"action": "accept", "src": ["ann@"], "dst": ["10.1.0.0/16:80", "autogroup:internet:*"]},
+			{"action": "accept", "src": ["ben@"], "srcPosture": ["posture:linux"], "dst": ["tag:server:22"]},
+			{"action": "accept", "src": ["autogroup:member"], "dst": ["autogroup:self:*"]},
+		],
+		"ssh": [{"action": "accept", "src": ["autogroup:member"], "dst": ["tag:server"], "users": ["root"]}],
+	}`})
 	rec := w.send("GET", own+"/tailnet", nil)
 	f, err := tailnetfile.Parse(rec.Body.Bytes())
 	if err != nil {
@@ -125,6 +141,17 @@ func TestExportCompilesOfflineToTheSame(t *testing.T) {
 	}
 	if e := acl.Diff(w.replica.Current().Access(), a); !e.Empty() {
 		t.Errorf("the export differs from the live tailnet: %+v", e)
+	}
+	nothing, err := acl.Parse([]byte(`{"acls": []}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	none, err := acl.Compile(nothing, facts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := jsonText(acl.Diff(none, a).Flows); !strings.Contains(text, "10.1.0.0/16") || !strings.Contains(text, "server") || !strings.Contains(text, "2000::/3") {
+		t.Errorf("the export lacks a route, an exit node or a posture: %s", text)
 	}
 }
 
