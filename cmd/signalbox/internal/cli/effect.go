@@ -58,6 +58,10 @@ func flowLines(flows []acl.FlowChange) []string {
 	var links []*link
 	index := map[string]*link{}
 	for _, l := range bothFamilies(flows) {
+		// Among the receivers a sender does not mean itself.
+		if i := slices.Index(l.to, l.from[0]); len(l.from) == 1 && i >= 0 && len(l.to) > 1 {
+			l.to = slices.Concat(l.to[:i], l.to[i+1:])
+		}
 		if have := index[l.key()]; have != nil {
 			have.allow = append(have.allow, l.allow...)
 			continue

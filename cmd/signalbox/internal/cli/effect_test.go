@@ -45,6 +45,10 @@ func TestChangesThatAreAlikeShareALine(t *testing.T) {
 			[]acl.FlowChange{flow(true, "a", "b", "tcp:22"), flow(true, "c", "d", "tcp:22")},
 			[]string{"+ a -> b: tcp:22", "+ c -> d: tcp:22"},
 		},
+		"the sender among the receivers": {
+			[]acl.FlowChange{flow(true, "a", "a, b", "icmp"), flow(true, "a", "b", "tcp:22"), flow(true, "a, b", "a, b", "tcp:80")},
+			[]string{"+ a -> b: tcp:22 icmp", "+ a, b -> a, b: tcp:80"},
+		},
 		"protocols and ports": {
 			[]acl.FlowChange{
 				flow(true, "a", "b", "icmp"), flow(true, "a", "b", "tcp:443"), flow(true, "a", "b", "tcp:80"), flow(true, "a", "b", "tcp:8000-8080"),

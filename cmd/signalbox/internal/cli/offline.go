@@ -180,7 +180,10 @@ func withCaret(path string, text []byte, line, col int, msg string) string {
 	return head + "\n  " + shown + "\n  " + string(mark) + "^"
 }
 
-var serverPlace = regexp.MustCompile(`^policy:(\d+):(\d+)$`)
+var (
+	serverPlace = regexp.MustCompile(`^policy:(\d+):(\d+)$`)
+	moreFaults  = regexp.MustCompile(`\nand \d+ more$`)
+)
 
 // refusedText shows a server's complaint about a policy as refusePolicy does:
 // the server sees the text only and calls it policy. Other errors stay.
@@ -199,5 +202,9 @@ func (m *program) refusedText(err error, path string, text []byte) error {
 		col, _ := strconv.Atoi(g[2])
 		r.Errors = append(r.Errors, tailnetfile.Fault{Line: line, Column: col, Message: f.Message})
 	}
-	return m.refusePolicy(path, text, r)
+	err = m.refusePolicy(path, text, r)
+	if more := moreFaults.FindString(told.text); more != "" && !m.machine() {
+		err = fmt.Errorf("%w%s", err, more)
+	}
+	return err
 }
