@@ -2,7 +2,6 @@ package fault
 
 import (
 	"bytes"
-	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -154,22 +153,6 @@ func TestTruncatedHandshakes(t *testing.T) {
 				closes(t, what, c)
 			})
 		}
-	})
-	t.Run("handshake without HTTP/2", func(t *testing.T) {
-		t.Parallel()
-		m := sim.NewMachine("silent")
-		initiation, finish, err := p.srv.Initiation(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := upgraded(t, s, p.srv, initiation)
-		// finish reads the rest of the handshake from the bare connection, since
-		// the upgrade's answer and the server's message are two writes or one: the
-		// connection is judged by when it closes either way.
-		ctx, cancel := context.WithTimeout(t.Context(), idle)
-		defer cancel()
-		go finish(ctx, c)
-		closes(t, "a connection without a first record", c)
 	})
 	t.Run("cut", func(t *testing.T) {
 		request := "POST /ts2021 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: upgrade\r\n" +

@@ -132,7 +132,11 @@ func verify(t *testing.T, w *storm, when string) {
 	if err != nil {
 		t.Fatalf("%s: %v", when, err)
 	}
-	w.wrong = append(w.wrong, broken...)
+	lost, err := w.lostReports(t.Context())
+	if err != nil {
+		t.Fatalf("%s: %v", when, err)
+	}
+	w.wrong = append(w.wrong, append(broken, lost...)...)
 	for _, line := range w.wrong {
 		t.Errorf("%s: %s", when, line)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,11 +42,12 @@ type storm struct {
 	mu       sync.Mutex // guards the following fields
 	rand     *rand.Rand
 	next     int
-	joiners  map[string]*joiner // by fact
-	ready    []*joiner          // settled nodes that nobody is working on
-	addrs    map[string]string  // by fact: id and addresses as first seen
-	reusable map[string]string  // auth keys by owner
-	owners   map[string]string  // user ids by name
+	joiners  map[string]*joiner        // by fact
+	ready    []*joiner                 // settled nodes that nobody is working on
+	addrs    map[string]string         // by fact: id and addresses as first seen
+	reports  map[string]netip.AddrPort // by fact: the acknowledged endpoint
+	reusable map[string]string         // auth keys by owner
+	owners   map[string]string         // user ids by name
 	acks     int
 	wrong    []string
 }
@@ -53,7 +55,7 @@ type storm struct {
 func newStorm(s *Server, seed uint64) *storm {
 	return &storm{
 		server: s, book: NewBook(), base: time.Now().Add(24 * time.Hour).Truncate(time.Second), rand: rand.New(rand.NewPCG(seed, seed)),
-		joiners: map[string]*joiner{}, addrs: map[string]string{}, reusable: map[string]string{}, owners: map[string]string{},
+		joiners: map[string]*joiner{}, addrs: map[string]string{}, reports: map[string]netip.AddrPort{}, reusable: map[string]string{}, owners: map[string]string{},
 	}
 }
 
@@ -167,12 +169,11 @@ func (w *storm) register(ctx context.Context, srv *sim.Server, j *joiner) error 
 	if j.keyFact != "" {
 		facts = append(facts, [2]string{j.keyFact, "used"})
 	}
-	return w.do(func() error {
-		c, err := srv.Dial(ctx, j.machine)
-		if err != nil {
+	var c *sim.Conn
+	err := w.do(func() (err error) {
+		if c, err = srv.Dial(ctx, j.machine); err != nil {
 			return err
 		}
-		defer c.Close()
 		res, err := c.Register(ctx, j.key)
 		if err != nil && res != nil {
 			w.complain("%s: %v", j.machine.Hostname, err)
@@ -180,6 +181,47 @@ func (w *storm) register(ctx context.Context, srv *sim.Server, j *joiner) error 
 		}
 		return err
 	}, facts...)
+	if c == nil {
+		return err
+	}
+	defer c.Close()
+	if err != nil {
+		return err
+	}
+	// Its peers see a node once it has reported.
+	endpoint := netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(1024+w.number()))
+	if err := c.Report(ctx, endpoint); err != nil {
+		return fmt.Errorf("%w: %w", errGone, err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.reports[j.fact()] = endpoint
+	return nil
+}
+
+// lostReports names the nodes whose acknowledged report is not in the database.
+func (w *storm) lostReports(ctx context.Context) (lost []string, err error) {
+	db, err := readDatabase(w.server.Database())
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	rows, err := db.QueryContext(ctx, "SELECT n.machine_key, s.endpoints FROM nodes n JOIN node_states s ON s.node_id = n.id")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var machine, endpoints string
+		if err := rows.Scan(&machine, &endpoints); err != nil {
+			return nil, err
+		}
+		want, ok := w.reports["node/"+machine]
+		if ok && !strings.Contains(endpoints, want.String()) {
+			lost = append(lost, fmt.Sprintf("%s has the endpoints %s, its report of %v was acknowledged", machine, endpoints, want))
+		}
+	}
+	return lost, rows.Err()
 }
 
 func keyFact(expires time.Time) string { return fmt.Sprintf("key/%d", expires.Unix()) }
@@ -336,14 +378,8 @@ func (w *storm) watch(v *sim.View) {
 	}
 }
 
-func cutLabel(n *tailcfg.Node) (label, rest string, ok bool) {
-	for i := range n.Name {
-		if n.Name[i] == '.' {
-			return n.Name[:i], n.Name[i+1:], true
-		}
-	}
-	return n.Name, "", false
-}
+// cutLabel cuts a node's name after its first label.
+func cutLabel(n *tailcfg.Node) (label, rest string, ok bool) { return strings.Cut(n.Name, ".") }
 
 // shown is everything that the server shows, in the book's terms.
 func (w *storm) shown(ctx context.Context) (map[string]string, error) {
