@@ -371,12 +371,16 @@ func (c *compiler) addFlow(f *flow) {
 var companions = []struct{ granted, returned tailcfg.PeerCapability }{
 	{tailcfg.PeerCapabilityTaildrive, tailcfg.PeerCapabilityTaildriveSharer},
 	{tailcfg.PeerCapabilityRelay, tailcfg.PeerCapabilityRelayTarget},
+	{tailcfg.PeerCapabilityFileSharingSend, tailcfg.PeerCapabilityFileSharingTarget},
 }
 
 func (c *compiler) addCaps(ru *rule, src *source, parts []part, v *via) {
 	caps := make(tailcfg.PeerCapMap, len(ru.apps))
 	for _, app := range ru.apps {
 		caps[app.name] = app.values
+		if app.name == CapTaildrop {
+			caps[tailcfg.PeerCapabilityFileSharingSend] = nil
+		}
 	}
 	c.addFlow(&flow{src: src, parts: parts, caps: caps, isCap: true, silent: v != nil, via: v})
 	if v != nil {

@@ -285,6 +285,13 @@ var grantable = map[string]bool{
 	"tsidp": true, "webui": true,
 }
 
+// CapTaildrop in the app part of a grant lets the sources send files to the
+// destinations with Taildrop, also between different people. Clients know that
+// as PeerCapabilityFileSharingSend of the sender and
+// PeerCapabilityFileSharingTarget of the receiver, whose names are URLs and so
+// cannot stand in a policy.
+const CapTaildrop tailcfg.PeerCapability = "signalbox.net/cap/taildrop"
+
 func checkCapability(name string) error {
 	domain, path, ok := strings.Cut(name, "/")
 	if !ok || domain == "" || path == "" || !strings.Contains(domain, ".") || strings.ContainsAny(domain, ": ") {
