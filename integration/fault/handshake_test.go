@@ -48,9 +48,9 @@ func closes(t *testing.T, what string, c net.Conn) string {
 }
 
 // starved is how long an honest request may take while others misbehave. It
-// is far above what the server needs, since tests share their machine, and far
+// is far above what the server needs, since tests share their machine, and
 // below the ten seconds that a place taken by a slow client stays taken.
-const starved = 5 * time.Second
+const starved = 8 * time.Second
 
 // latency measures an honest request while something else happens.
 func latency(t *testing.T, s *Server, stop <-chan struct{}) (worst time.Duration, n int) {
