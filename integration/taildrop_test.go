@@ -67,7 +67,7 @@ func TestTaildrop(t *testing.T) {
 	server := lab.Server(t, ServerConfig{})
 	policy := func(app string) string {
 		return `{"grants": [
-			{"src": ["*"], "dst": ["*"], "ip": ["*"]},
+			{"src": ["*"], "dst": ["*"], "ip": ["icmp:*"]},
 			` + app + `
 		]}`
 	}
@@ -106,6 +106,7 @@ func TestTaildrop(t *testing.T) {
 	refused(laptop, ben)
 	refused(ben, laptop)
 
+	// The capability needs no rule that opens a port.
 	server.SetPolicy(t, policy(`{"src": ["ann@"], "dst": ["ben@"], "app": {"signalbox.net/cap/taildrop": [{}]}},`))
 	probe(t, 10*time.Second, "ben is a target of the laptop", func(ctx context.Context) error {
 		out, err := laptop.Run(ctx, laptop.env, laptop.dir+"/tailscale", "file", "cp", "--targets")
