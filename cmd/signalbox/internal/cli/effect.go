@@ -87,13 +87,14 @@ func flowLines(flows []acl.FlowChange) []string {
 // is meant.
 var marks = map[int]string{4: " (IPv4)", 6: " (IPv6)"}
 
-// oneFamily is a change for one family. Names that were marked are in dual.
+// oneFamily is a change for one family.
 type oneFamily struct {
 	family   int // 0: no name is marked
 	from, to ends
 }
 
-type ends struct{ dual, other []string }
+// ends are names without marks. Those that had one are in dual as well.
+type ends struct{ list, dual []string }
 
 func unmark(names []string, family *int) (e ends) {
 	for _, n := range names {
@@ -103,19 +104,27 @@ func unmark(names []string, family *int) (e ends) {
 				plain, *family = s, f
 			}
 		}
+		e.list = append(e.list, plain)
 		if plain != n {
 			e.dual = append(e.dual, plain)
-		} else {
-			e.other = append(e.other, n)
 		}
 	}
 	return e
 }
 
-func (e ends) all(o ends) []string {
-	list := slices.Concat(e.dual, e.other, o.other)
-	slices.Sort(list)
-	return slices.Compact(list)
+// and appends what only the other ones have.
+func (e ends) and(o ends) []string {
+	list := slices.Clone(e.list)
+	have := make(map[string]bool, len(list))
+	for _, n := range list {
+		have[n] = true
+	}
+	for _, n := range o.list {
+		if !have[n] {
+			list = append(list, n)
+		}
+	}
+	return list
 }
 
 // bothFamilies joins a change for IPv4 with the same one for IPv6. Names that
@@ -141,10 +150,10 @@ func bothFamilies(flows []acl.FlowChange) []*link {
 				continue
 			}
 			o := parts[list[1]]
-			l.from, l.to = p.from.all(o.from), p.to.all(o.to)
+			l.from, l.to = p.from.and(o.from), p.to.and(o.to)
 		case p.family != 0 && (len(p.from.dual) == 0 || len(p.to.dual) == 0):
 			// One end has this family only, so there is nothing to tell apart.
-			l.from, l.to = p.from.all(ends{}), p.to.all(ends{})
+			l.from, l.to = p.from.list, p.to.list
 		}
 		out = append(out, l)
 	}

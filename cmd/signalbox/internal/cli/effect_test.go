@@ -31,7 +31,7 @@ func TestChangesThatAreAlikeShareALine(t *testing.T) {
 		},
 		"a bystander with one family": {
 			[]acl.FlowChange{flow(true, "a (IPv4), old", "b (IPv4)", "tcp:22"), flow(true, "a (IPv6), new", "b (IPv6)", "tcp:22")},
-			[]string{"+ a, new, old -> b: tcp:22"},
+			[]string{"+ a, old, new -> b: tcp:22"},
 		},
 		"families that differ": {
 			[]acl.FlowChange{flow(true, "a (IPv4)", "b (IPv4)", "tcp:22"), flow(true, "a (IPv6), c (IPv6)", "b (IPv6)", "tcp:22")},
