@@ -37,7 +37,7 @@ func (w *witness) check(t *testing.T) {
 	want := w.honest.HomeDERP
 	news := func(v *controltest.View) bool { return v.Peer("honest") != nil && v.Peer("honest").HomeDERP == want }
 	w.stream.Wait("news of an honest peer", news)
-	fresh, status := w.reader.On(w.g.Server).Stream(func(r *tailcfg.MapRequest) { r.ReadOnly = true })
+	fresh, status := w.reader.Stream(func(r *tailcfg.MapRequest) { r.ReadOnly = true })
 	if fresh == nil {
 		t.Fatalf("status %d", status)
 	}
