@@ -147,6 +147,9 @@ func (s *Store) view(ctx context.Context, tailnet TailnetID, fn func(*Reader) er
 	return fn(&Reader{g: s.session(ctx, c), conn: c, tailnet: tailnet})
 }
 
+// Shared reports whether other servers may write to this database too.
+func (s *Store) Shared() bool { return s.pg }
+
 // session is gorm on one connection.
 func (s *Store) session(ctx context.Context, pool gorm.ConnPool) *gorm.DB {
 	g := s.gorm.Session(&gorm.Session{NewDB: true, Context: ctx})

@@ -3,6 +3,7 @@ package db
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"time"
 
@@ -20,6 +21,12 @@ const (
 	pollEvery = time.Second
 	// statementTimeout bounds one statement on the server's side.
 	statementTimeout = "5s"
+	// idleTimeout bounds how long a server that is paused or cut off in the
+	// middle of a transaction keeps the others waiting for its locks.
+	idleTimeout = "5s"
+	// quietFor is how long the listener waits before it looks whether its
+	// connection still carries anything.
+	quietFor = 20 * time.Second
 )
 
 func (s *Store) openPostgres(ctx context.Context) error {
@@ -54,7 +61,7 @@ func (s *Store) postgresConfig() (*pgx.ConnConfig, error) {
 	for name, value := range map[string]string{
 		"synchronous_commit":                  "on",
 		"statement_timeout":                   statementTimeout,
-		"idle_in_transaction_session_timeout": "15s",
+		"idle_in_transaction_session_timeout": idleTimeout,
 		"timezone":                            "UTC",
 		"application_name":                    "signalbox",
 	} {
@@ -134,10 +141,30 @@ func (s *Store) listenOnce(ctx context.Context, connected func()) error {
 	connected()
 	s.wake.signal()
 	for {
-		if _, err := c.WaitForNotification(ctx); err != nil {
+		err := notified(ctx, c)
+		if err != nil {
 			return err
 		}
 		s.wake.signal()
+	}
+}
+
+// notified waits for a notification. A quiet connection is asked for an answer
+// now and then: one that is dead gives no sign of it.
+func notified(ctx context.Context, c *pgx.Conn) error {
+	for {
+		wait, cancel := context.WithTimeout(ctx, quietFor)
+		_, err := c.WaitForNotification(wait)
+		cancel()
+		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			return err
+		}
+		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+		err = c.Ping(ask)
+		cancel()
+		if err != nil {
+			return err
+		}
 	}
 }
 
