@@ -59,6 +59,7 @@ type Server struct {
 	log  *slog.Logger
 	gate *semaphore.Weighted // bytes of full maps in flight
 	gone *limit.Table        // looks for the tombstone of a pair of machine and node key
+	late *limit.Table        // looks for news of a pair that is not known
 	Stats
 
 	mu    sync.Mutex // guards the following fields
@@ -112,7 +113,7 @@ func New(cfg Config) *Server {
 	if cfg.InFlight == 0 {
 		cfg.InFlight = 256 << 20
 	}
-	s := &Server{cfg: cfg, log: cfg.Log, gate: semaphore.NewWeighted(cfg.InFlight), nodes: map[tailcfg.NodeID]*attendance{}, gone: limit.New(1/farewellEvery.Seconds(), 1)}
+	s := &Server{cfg: cfg, log: cfg.Log, gate: semaphore.NewWeighted(cfg.InFlight), nodes: map[tailcfg.NodeID]*attendance{}, gone: limit.New(1/farewellEvery.Seconds(), 1), late: limit.New(0.1, 2)}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -142,6 +143,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	snap := s.cfg.Replica.Current()
 	n := snap.ByNodeKey(req.NodeKey)
+	if n == nil && s.late.Allow(limit.Bytes(req.NodeKey.AppendTo(conn.Machine.UntypedBytes())), s.cfg.Now()) {
+		// It may have joined at another server a moment ago.
+		var err error
+		if snap, err = s.cfg.Replica.CatchUp(r.Context()); err != nil {
+			w.Header().Set("Retry-After", "2")
+			http.Error(w, "the database is not available", http.StatusServiceUnavailable)
+			return
+		}
+		n = snap.ByNodeKey(req.NodeKey)
+	}
 	if n == nil || n.MachineKey != conn.Machine {
 		s.serveUnknown(w, r, conn.Machine, req)
 		return

@@ -201,6 +201,14 @@ func (a *attempt) serve(ctx context.Context) (*tailcfg.RegisterResponse, error) 
 		req.Hostinfo = new(tailcfg.Hostinfo)
 	}
 	known := a.cfg.Replica.Current().ByNodeKey(req.NodeKey)
+	if known == nil || known.Dead() {
+		// It may have joined, or been renewed, at another server a moment ago.
+		snap, err := a.cfg.Replica.CatchUp(ctx)
+		if err != nil {
+			return nil, err
+		}
+		known = snap.ByNodeKey(req.NodeKey)
+	}
 	if known != nil && known.MachineKey != a.machine {
 		return nil, errForeign
 	}

@@ -122,6 +122,34 @@ func (r *Replica) WaitFor(ctx context.Context, rev db.Revision) (*Snapshot, erro
 	}
 }
 
+// catchUpIn bounds CatchUp.
+const catchUpIn = 3 * time.Second
+
+// CatchUp returns a snapshot that includes everything which was committed before the call, by whichever server: what a client that comes from
+// another server may count on. It is db.ErrUnavailable when that cannot be had now.
+func (r *Replica) CatchUp(ctx context.Context) (*Snapshot, error) {
+	if !r.cfg.Store.Shared() {
+		return r.Current(), nil // whoever answered was this server, and waited for the snapshot
+	}
+	ctx, cancel := context.WithTimeout(ctx, catchUpIn)
+	defer cancel()
+	var rev db.Revision
+	err := r.cfg.Store.View(ctx, func(rd *db.Reader) (err error) {
+		rev, err = rd.In(r.cfg.Tailnet).Revision()
+		return err
+	})
+	if err == nil {
+		var s *Snapshot
+		if s, err = r.WaitFor(ctx, rev); err == nil {
+			return s, nil
+		}
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("%w: %w", db.ErrUnavailable, err)
+	}
+	return nil, fmt.Errorf("catch up with the database: %w", err)
+}
+
 // pollEvery is how long a lost wake-up can go unnoticed.
 const pollEvery = time.Second
 
@@ -167,12 +195,15 @@ func (r *Replica) Run(ctx context.Context) error {
 func (r *Replica) follow(ctx context.Context) bool {
 	prev := r.Current()
 	b, err := r.cfg.Store.Follow(ctx, r.cfg.Tailnet, prev.rev)
-	r.setFault(err)
+	was := r.setFault(err)
 	if err != nil {
-		if !errors.Is(err, context.Canceled) {
-			r.log.Error("follow the change log", "err", err)
+		if was == nil && !errors.Is(err, context.Canceled) {
+			r.log.Error("follow the change log; clients are served what was known before", "err", err)
 		}
 		return false
+	}
+	if was != nil {
+		r.log.Info("following the change log again")
 	}
 	if b.To == prev.rev && !b.Full {
 		return false
@@ -216,8 +247,9 @@ func (r *Replica) announce() {
 	r.told = r.Current()
 }
 
-func (r *Replica) setFault(err error) {
+func (r *Replica) setFault(err error) (was error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.fault = err
+	was, r.fault = r.fault, err
+	return was
 }

@@ -176,3 +176,14 @@ func (s *Settings) Key(name string) string {
 	}
 	return s.raw[name]
 }
+
+// MapNames are the settings that hold relay maps, in order.
+func (s *Settings) MapNames() []string { return slices.Sorted(maps.Keys(s.maps)) }
+
+// MapOf is the relay map of one setting, an empty one when there is none.
+func (s *Settings) MapOf(name string) *tailcfg.DERPMap {
+	if m := s.maps[name]; m != nil {
+		return m
+	}
+	return new(tailcfg.DERPMap)
+}
