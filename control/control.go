@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -73,7 +74,9 @@ type Server struct {
 	ssh      *sshaction.Server
 	reports  *limit.Table // audit records of clients
 	started  time.Time
+	rival    atomic.Bool
 	sick     bool // owned by duties: the last look at the database found a fault
+	signs    signs
 }
 
 // New joins the parts. It starts nothing.

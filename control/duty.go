@@ -59,7 +59,7 @@ func (s *Server) duties(ctx context.Context) error {
 		if sweep++; sweep%5 == 0 {
 			s.probe(ctx)
 		}
-		if sweep%15 == 0 {
+		if sweep%int(beatEvery/dutyEvery) == 0 {
 			s.beat(ctx)
 			s.reap(ctx, wall)
 		}
@@ -87,15 +87,6 @@ func (s *Server) probe(ctx context.Context) {
 		s.log.Info("the database is well again")
 	}
 	s.sick = err != nil
-}
-
-// beat says that this server lives.
-func (s *Server) beat(ctx context.Context) {
-	s.do(ctx, "heartbeat", func(tx *db.Tx) error {
-		i := s.cfg.Instance
-		i.Heartbeat = tx.Now()
-		return tx.Heartbeat(&i)
-	})
 }
 
 // expire marks nodes whose key has ended.
@@ -166,59 +157,9 @@ func lastSign(n *tailnet.Node) time.Time {
 	return n.Created
 }
 
-// reap takes nodes offline whose server went away and that did not come back to another within the grace.
-func (s *Server) reap(ctx context.Context, now time.Time) {
-	if now.Sub(s.started) < s.cfg.ReturnGrace {
-		return
-	}
-	alive := map[int64]bool{s.cfg.Instance.ID: true}
-	err := s.cfg.Store.View(ctx, func(r *db.Reader) error {
-		list, err := r.Instances()
-		for _, i := range list {
-			if now.Sub(i.Heartbeat) < s.cfg.ReturnGrace {
-				alive[i.ID] = true
-			}
-		}
-		return err
-	})
-	if err != nil {
-		s.log.Error("read instances", "err", err)
-		return
-	}
-	gone := map[tailcfg.NodeID]db.NodeState{}
-	for _, n := range s.cfg.Replica.Current().Nodes() {
-		if n == nil || !n.State.Online {
-			continue
-		}
-		mine := n.State.Instance == s.cfg.Instance.ID
-		if mine && s.Poll.Attached(n.ID) || !mine && alive[n.State.Instance] {
-			continue
-		}
-		gone[n.ID] = db.NodeState{}
-	}
-	if len(gone) == 0 {
-		return
-	}
-	s.do(ctx, "take nodes offline", func(tx *db.Tx) error {
-		for id := range gone {
-			rec, err := tx.Node(id)
-			if errors.Is(err, db.ErrNotFound) || err == nil && (!rec.State.Online || s.Poll.Attached(id)) {
-				delete(gone, id)
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			st := rec.State
-			st.Online, st.Instance, st.LastSeen = false, 0, tx.Now()
-			gone[id] = st
-		}
-		return tx.PutNodeStates(gone)
-	})
-}
-
 // sweep forgets what has had its time.
 func (s *Server) sweep(ctx context.Context) {
+	s.clearRelayMaps(ctx)
 	s.do(ctx, "sweep", func(tx *db.Tx) error {
 		if _, err := tx.SweepAuthRequests(); err != nil {
 			return err
@@ -294,7 +235,7 @@ func (s *Server) electPrimaries(ctx context.Context) {
 		}
 	}
 	rows := snap.ACLTailnet().Primaries
-	set, drop := map[netip.Prefix]tailcfg.NodeID{}, []netip.Prefix{}
+	set, drop := map[netip.Prefix][2]tailcfg.NodeID{}, []netip.Prefix{} // from, to
 	for prefix, list := range routers {
 		cur := list[0]
 		row, stored := rows[prefix]
@@ -307,7 +248,7 @@ func (s *Server) electPrimaries(ctx context.Context) {
 			continue
 		}
 		if i := slices.IndexFunc(list, func(n *tailnet.Node) bool { return n.State.Online }); i >= 0 && list[i] != cur {
-			set[prefix] = list[i].ID
+			set[prefix] = [2]tailcfg.NodeID{cur.ID, list[i].ID}
 		}
 	}
 	for prefix := range rows {
@@ -319,8 +260,21 @@ func (s *Server) electPrimaries(ctx context.Context) {
 		return
 	}
 	s.do(ctx, "elect primary routers", func(tx *db.Tx) error {
-		for prefix, id := range set {
-			if err := tx.SetPrimary(prefix, id); err != nil {
+		now, err := tx.Primaries()
+		if err != nil {
+			return err
+		}
+		for prefix, move := range set {
+			// Another server may have seen the same, and a router may be back.
+			if rec, err := tx.Node(move[0]); now[prefix] != rows[prefix] || err == nil && rec.State.Online {
+				continue
+			} else if err != nil && !errors.Is(err, db.ErrNotFound) {
+				return err
+			}
+			if rec, err := tx.Node(move[1]); err != nil || !rec.State.Online {
+				continue
+			}
+			if err := tx.SetPrimary(prefix, move[1]); err != nil {
 				return err
 			}
 		}
