@@ -32,6 +32,12 @@ func (s *server) mesh(ctx context.Context) error {
 			if joined[name] != nil {
 				continue
 			}
+			if s.sameAddress(n) {
+				s.log.Error("two relays are published at one address, so their clients do not reach each other: set derp.server.host_name or derp.server.ipv4 and ipv6 on each server",
+					"relay", n.Name, "host", n.HostName)
+				joined[name] = func() {}
+				continue
+			}
 			join, stop := context.WithCancel(ctx)
 			joined[name] = stop
 			wg.Go(func() {
@@ -69,4 +75,28 @@ func (s *server) otherRelays() []*tailcfg.DERPNode {
 		}
 	}
 	return out
+}
+
+// sameAddress reports whether clients find another relay where they find this one.
+func (s *server) sameAddress(n *tailcfg.DERPNode) bool {
+	own := s.relay.Region().Nodes[0]
+	return n.HostName == own.HostName && n.IPv4 == own.IPv4 && n.IPv6 == own.IPv6 && n.DERPPort == own.DERPPort
+}
+
+// keepMap stores this server's relay map again when another server has cleared it, having taken this one for gone.
+func (s *server) keepMap(ctx context.Context) error {
+	for {
+		news := s.replica.Announced()
+		if len(s.replica.Current().Settings().MapOf(s.mapSetting()).Regions) == 0 {
+			if own := s.regions.Current(); own != nil && len(own.Regions) > 0 {
+				s.log.Warn("another server took this one for gone; its relays are published again")
+				s.putDERPMap(own)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-news:
+		}
+	}
 }

@@ -205,6 +205,7 @@ func (s *server) run(ctx context.Context) error {
 		g.Go(func() error { return f.run(ctx) })
 	}
 	g.Go(func() error { return s.mesh(ctx) })
+	g.Go(func() error { return s.keepMap(ctx) })
 	g.Go(func() error { return s.settle(ctx) })
 	g.Go(func() error { return s.signals(ctx) })
 	g.Go(func() error {
@@ -252,6 +253,7 @@ func (s *server) signals(ctx context.Context) error {
 func (s *server) checks() map[string]func(context.Context) error {
 	m := map[string]func(context.Context) error{
 		"replica": func(context.Context) error { return s.replica.Fault() },
+		"name":    func(context.Context) error { return s.control.Rival() },
 		"policy":  func(context.Context) error { return s.replica.Current().Policy().Err },
 	}
 	for _, f := range s.files {
