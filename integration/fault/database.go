@@ -37,6 +37,12 @@ func inspect(ctx context.Context, path string) (wrong []string, err error) {
 		return nil, err
 	}
 	defer tx.Rollback()
+	broken, err := inspectRows(ctx, tx, append(rules, danglingRows))
+	return append(wrong, broken...), err
+}
+
+// inspectRows looks for rows that break a rule, and holes in the audit log.
+func inspectRows(ctx context.Context, tx *sql.Tx, rules []rule) (wrong []string, err error) {
 	for _, rule := range rules {
 		rows, err := tx.QueryContext(ctx, rule.query)
 		if err != nil {
@@ -57,9 +63,14 @@ func inspect(ctx context.Context, path string) (wrong []string, err error) {
 	return append(wrong, broken...), err
 }
 
-// rules are queries that find nothing in a database that holds.
-var rules = []struct{ what, query string }{
-	{"row that refers to nothing", `SELECT "table" || ' ' || coalesce(rowid, '') || ' to ' || parent FROM pragma_foreign_key_check`},
+// A rule is a query that finds nothing in a database that holds.
+type rule struct{ what, query string }
+
+// danglingRows is for SQLite; PostgreSQL lets none come about.
+var danglingRows = rule{"row that refers to nothing", `SELECT "table" || ' ' || coalesce(rowid, '') || ' to ' || parent FROM pragma_foreign_key_check`}
+
+// rules are for every database.
+var rules = []rule{
 	{"node without an address", "SELECT id FROM nodes WHERE ipv4 IS NULL OR ipv6 IS NULL"},
 	{"node without an owner", "SELECT id FROM nodes WHERE user_id IS NULL AND tags IN ('', '[]')"},
 	{"node without state", "SELECT id FROM nodes WHERE id NOT IN (SELECT node_id FROM node_states)"},
@@ -72,7 +83,7 @@ var rules = []struct{ what, query string }{
 	{"spent key without its node", `SELECT u.auth_key_id || ' of ' || u.machine_key FROM auth_key_uses u
 		WHERE u.machine_key NOT IN (SELECT machine_key FROM nodes) AND u.machine_key NOT IN (SELECT machine_key FROM tombstones)`},
 	{"gap in the revisions before", `SELECT revision FROM (SELECT DISTINCT revision, lag(revision) OVER (ORDER BY revision) AS before
-		FROM (SELECT DISTINCT revision FROM changes)) WHERE revision <> before + 1`},
+		FROM (SELECT DISTINCT revision FROM changes) AS revs) AS pairs WHERE revision <> before + 1`},
 	{"change after the last revision", "SELECT revision FROM changes WHERE revision > (SELECT revision FROM tailnets WHERE id = tailnet_id)"},
 	{"last revision without its change", "SELECT revision FROM tailnets WHERE revision NOT IN (SELECT revision FROM changes)"},
 	{"policy of a revision without it", "SELECT revision FROM policies WHERE revision NOT IN (SELECT revision FROM changes)"},

@@ -101,6 +101,10 @@ type Server struct {
 	// Namespace gives the server a mount namespace of its own. Its files are
 	// then found under Root.
 	Namespace bool
+	// Env is added to the environment. ByEnv leaves --url out: the variables say
+	// where the server listens.
+	Env   []string
+	ByEnv bool
 
 	api  *http.Client
 	cmd  *exec.Cmd
@@ -168,14 +172,17 @@ func (s *Server) environment() []string {
 			env = append(env, v)
 		}
 	}
-	return env
+	return append(env, s.Env...)
 }
 
 // Launch starts a process and waits until it serves or has ended, and reports
 // whether it serves.
 func (s *Server) Launch() bool {
 	s.t.Helper()
-	command := []string{s.binary, "--data-dir", s.Data, "serve", "--url", s.URL}
+	command := []string{s.binary, "--data-dir", s.Data, "serve"}
+	if !s.ByEnv {
+		command = append(command, "--url", s.URL)
+	}
 	if s.Wrap != nil {
 		command = s.Wrap(command)
 	}

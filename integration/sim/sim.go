@@ -313,3 +313,6 @@ func (c *Conn) Report(ctx context.Context, endpoints ...netip.AddrPort) error {
 	_, err := c.call(ctx, "/machine/map", req)
 	return err
 }
+
+// Machine is the machine that the connection is of.
+func (c *Conn) Machine() *Machine { return c.machine }
