@@ -47,9 +47,8 @@ type client struct {
 	disco    key.DiscoPrivate
 
 	traffic traffic
-	stop    context.CancelFunc // ends run
-	halted  atomic.Bool        // our own kill: its broken stream is not the server's doing
-	resume  chan struct{}      // one slot: reconnect now
+	halted  atomic.Bool   // our own kill: its broken stream is not the server's doing
+	resume  chan struct{} // one slot: reconnect now
 
 	fact atomic.Pointer[fact]
 

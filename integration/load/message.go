@@ -214,7 +214,7 @@ func strict(z []byte, m *message) error {
 		}
 	}
 	if !slices.IsSortedFunc(r.Peers, func(a, b *tailcfg.Node) int { return cmp.Compare(a.ID, b.ID) }) {
-		return errors.New("Peers are not sorted by ID")
+		return errors.New("list of peers is not sorted by ID")
 	}
 	return nil
 }
