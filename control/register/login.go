@@ -149,14 +149,16 @@ func (a *attempt) followUp(ctx context.Context, known *tailnet.Node) (*tailcfg.R
 	if row.MachineKey != a.machine || row.NodeKey != a.req.NodeKey || row.Kind != db.AuthRequestRegister {
 		return nil, errOther
 	}
-	wake, stop := a.Watch(row.ID)
+	request := row.ID
+	wake, stop := a.Watch(request)
 	if row.State == db.AuthRequestPending {
-		a.follow(ctx, row.ID, true)
+		a.follow(ctx, request, true)
 	}
 	defer func() {
-		// A client that lost its connection asks again before the old request is seen to be dead: the last one to leave counts.
-		if last := stop(); last && row != nil && row.State == db.AuthRequestPending {
-			a.follow(context.WithoutCancel(ctx), row.ID, false)
+		// A client that lost its connection asks again before the old request is seen to be dead: the last one to leave counts. Whether
+		// the login is still open is for the database to say: the read that would have told may be what the end of the connection cut off.
+		if stop() {
+			a.follow(context.WithoutCancel(ctx), request, false)
 		}
 	}()
 	for {
