@@ -49,7 +49,8 @@ type Config struct {
 	Grace time.Duration
 	// Stall is how long a write may make no progress before its stream is dropped; 0 means 30 s.
 	Stall time.Duration
-	// InFlight bounds the bytes of full maps being written at one time; 0 means 256 MiB.
+	// InFlight bounds the bytes of full maps being made and handed over at one time; 0 means 16 MiB. More does not make a storm shorter, since
+	// the processor is what it waits for, but lets the maps crowd out the handshakes of those who have none yet.
 	InFlight int64
 }
 
@@ -111,7 +112,7 @@ func New(cfg Config) *Server {
 		cfg.Stall = 30 * time.Second
 	}
 	if cfg.InFlight == 0 {
-		cfg.InFlight = 256 << 20
+		cfg.InFlight = 16 << 20
 	}
 	s := &Server{cfg: cfg, log: cfg.Log, gate: semaphore.NewWeighted(cfg.InFlight), nodes: map[tailcfg.NodeID]*attendance{}, gone: limit.New(1/farewellEvery.Seconds(), 1), late: limit.New(0.1, 2)}
 	if s.log == nil {

@@ -298,6 +298,9 @@ func (x *Session) pause() time.Duration {
 // bytesPerPeer is what a peer adds to a full map, for the gate's estimate.
 const bytesPerPeer = 256
 
+// gateTime is how long one full map may hold its place at the gate.
+const gateTime = time.Second
+
 // full sends the first map. A gate on the bytes under way keeps a storm of reconnects from filling the memory.
 func (x *Session) full(ctx context.Context) error {
 	s := x.srv
@@ -308,7 +311,10 @@ func (x *Session) full(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer s.gate.Release(weight)
+	// Its place is for the work of making and handing over the map. A reader behind a slow link takes longer, and must not hold up the rest.
+	leave := sync.OnceFunc(func() { s.gate.Release(weight) })
+	defer leave()
+	defer time.AfterFunc(gateTime, leave).Stop()
 	snap := s.cfg.Replica.Current()
 	n := snap.Node(x.node)
 	if n == nil || n.NodeKey != x.key {
