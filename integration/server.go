@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -24,6 +25,10 @@ type ServerConfig struct {
 	// TLS gives the server a name and a certificate of the lab's own
 	// authority. Clients need [Server.Trust].
 	TLS bool
+	// Host is the name of its machine; empty means "control". One of several
+	// servers needs its own, and publishes its relay by address, since they all
+	// have the same URL.
+	Host string
 	// Args follow `signalbox serve`.
 	Args []string
 	Env  []string
@@ -69,7 +74,7 @@ func (l *Lab) Server(t testing.TB, cfg ServerConfig) *Server {
 		t.Fatal(err)
 	}
 	s := &Server{
-		Host:   l.Host(t, "control"),
+		Host:   l.Host(t, cmp.Or(cfg.Host, "control")),
 		binary: file,
 		env:    cfg.Env,
 		out:    newJournal(),
@@ -99,6 +104,9 @@ func (l *Lab) Server(t testing.TB, cfg ServerConfig) *Server {
 		s.URL = "https://" + controlName
 		s.env = append(slices.Clone(s.env), "SIGNALBOX_TLS_CERT_PATH="+cert, "SIGNALBOX_TLS_KEY_PATH="+key)
 		s.caFile = ca.file
+		if cfg.Host != "" {
+			s.env = append(s.env, "SSL_CERT_FILE="+ca.file, "SIGNALBOX_DERP_SERVER_IPV4="+s.Addr.String())
+		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: ca.pool}
 		s.AddName(t, controlName, s.Addr)
 	} else {
