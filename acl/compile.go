@@ -3,6 +3,7 @@ package acl
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"go4.org/netipx"
@@ -320,9 +321,12 @@ func (c *compiler) destination(parts []part, ru *rule, i int) []part {
 	return parts
 }
 
-// ports adds what the rule allows from one source to some destinations.
+// ports adds what the rule allows from one source to some destinations. A rule
+// that nobody may use, or whose destinations are nobody, is none: it does not
+// even keep a place for later rules to merge into.
 func (c *compiler) ports(ru *rule, src *source, parts []part, v *via) {
-	if src.empty() || len(parts) == 0 {
+	somebody := func(pt part) bool { return pt.kind != partNodes || !pt.nodes.empty() }
+	if src.empty() || !slices.ContainsFunc(parts, somebody) {
 		return
 	}
 	if ru.kind == kindACL {
@@ -413,7 +417,8 @@ func (c *compiler) partsSource(parts []part) *source {
 }
 
 // sourceParts turns a source into destinations. What * adds to a source beyond
-// the tailnet's own ranges, the routes, is no destination of a companion.
+// the tailnet's own ranges, the routes, is no destination of a companion, but
+// a range that the rule names beside * is.
 func (c *compiler) sourceParts(ru *rule, src *source) []part {
 	var parts []part
 	if len(src.nodes) > 0 {
@@ -424,13 +429,18 @@ func (c *compiler) sourceParts(ru *rule, src *source) []part {
 		parts = append(parts, part{kind: partNodes, rule: ru, dst: -1, nodes: nodes})
 	}
 	wild := src.any
-	for _, s := range ru.src {
+	var named []netipx.IPRange
+	for i := range ru.src {
+		s := &ru.src[i]
 		wild = wild || s.kind == selAll && len(ru.where) == 0
+		named = append(named, s.ranges(c.svc)...)
 	}
+	ranges := src.ranges
 	if wild {
-		return append(parts, part{kind: partAll, rule: ru, dst: -1})
+		parts = append(parts, part{kind: partAll, rule: ru, dst: -1})
+		ranges = named
 	}
-	for _, rng := range src.ranges {
+	for _, rng := range ranges {
 		parts = append(parts, part{kind: partRange, rule: ru, dst: -1, rng: rng, text: rangeString(rng)})
 	}
 	return parts
