@@ -2,6 +2,7 @@ package acl
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -151,7 +152,9 @@ func (r *reader) sshTest(v *hujson.Value) {
 	}) {
 		return
 	}
+	r.use(t.src.s)
 	for _, d := range t.dst {
+		r.use(d.s)
 		if err := r.checkSSHTestDst(d.s); err != nil {
 			r.fail(d.at, "%v", err)
 		}
@@ -210,6 +213,12 @@ func (r *reader) test(v *hujson.Value) {
 		"srcpostureattrs": func(v *hujson.Value) { t.posture = r.attrs(v) },
 	}) {
 		return
+	}
+	r.use(t.src.s)
+	for _, d := range slices.Concat(t.accept, t.deny) {
+		if host, _, ok := cutPort(d.s); ok {
+			r.use(host)
+		}
 	}
 	r.p.tests = append(r.p.tests, t)
 }
