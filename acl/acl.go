@@ -186,3 +186,23 @@ func (a *Access) AutoApprovesServices(slot int) []string { return a.services[slo
 
 // Primaries is the elected primary of every approved subnet route.
 func (a *Access) Primaries() map[netip.Prefix]tailcfg.NodeID { return a.primaries }
+
+// ViaGroups lists the sets of nodes that grants steer to with via, each once,
+// as ascending slots. The routers of a prefix among them elect a primary of
+// their own.
+func (a *Access) ViaGroups() [][]int {
+	var out [][]int
+	seen := map[string]bool{}
+	for _, f := range a.prog.flows {
+		if f.via == nil || seen[f.via.key] {
+			continue
+		}
+		seen[f.via.key] = true
+		var slots []int
+		for slot := range f.via.nodes.all {
+			slots = append(slots, slot)
+		}
+		out = append(out, slots)
+	}
+	return out
+}
