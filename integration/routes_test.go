@@ -276,22 +276,23 @@ func TestExitNode(t *testing.T) {
 	}
 }
 
-// twoRouters joins two routers of one prefix, each with a machine of its own
-// behind it at the same address, and returns the machine's address.
-func twoRouters(t *testing.T, lab *Lab, server *Server, prefix netip.Prefix, tags ...string) (routers [2]*Client, behind netip.Addr) {
+// routersOf joins a router of one prefix for each tag, each with a machine of
+// its own behind it at the same address, and returns the machines' address.
+func routersOf(t *testing.T, lab *Lab, server *Server, prefix netip.Prefix, tags ...string) (routers []*Client, behind netip.Addr) {
 	t.Helper()
-	for i := range routers {
+	for i, tag := range tags {
 		c := lab.Client(t, ClientConfig{Name: fmt.Sprint("router", i+1), Version: Versions[1]})
-		c.Up(t, server, server.Key(t, "", "--tags", tags[i%len(tags)]), "--advertise-routes="+prefix.String())
+		c.Up(t, server, server.Key(t, "", "--tags", tag), "--advertise-routes="+prefix.String())
 		behind = lab.Subnet(t, c, fmt.Sprint("behind", i+1), prefix).Addr
 		server.Approve(t, c, prefix.String())
-		routers[i] = c
+		routers = append(routers, c)
 	}
 	return routers, behind
 }
 
 // TestViaSteersTwoViewers has grants with via send two people to the same
-// address through two different routers, live changes included.
+// address through two different routers, live changes included. When the router
+// of one fails, another with its tag stands in.
 func TestViaSteersTwoViewers(t *testing.T) {
 	t.Parallel()
 	lab := Open(t)
@@ -308,7 +309,7 @@ func TestViaSteersTwoViewers(t *testing.T) {
 		}`, prefix, ann, ben)
 	}
 	server.SetPolicy(t, policy("tag:one", "tag:two"))
-	routers, behind := twoRouters(t, lab, server, prefix, "tag:one", "tag:two")
+	routers, behind := routersOf(t, lab, server, prefix, "tag:one", "tag:two", "tag:two")
 	a := lab.Client(t, ClientConfig{Name: "a", Version: Versions[1]})
 	a.Up(t, server, server.Key(t, ann), "--accept-routes")
 	b := lab.Client(t, ClientConfig{Name: "b", Version: Versions[1]})
@@ -327,6 +328,14 @@ func TestViaSteersTwoViewers(t *testing.T) {
 	server.SetPolicy(t, policy("tag:two", "tag:two"))
 	b.AwaitVisit(t, behind, "behind2", 15*time.Second)
 	a.AwaitVisit(t, behind, "behind2", 5*time.Second)
+
+	server.SetPolicy(t, policy("tag:one", "tag:two"))
+	a.AwaitVisit(t, behind, "behind1", 15*time.Second)
+	b.AwaitVisit(t, behind, "behind2", 15*time.Second)
+	routers[1].Kill()
+	_, took = b.AwaitVisit(t, behind, "behind3", 15*time.Second)
+	t.Logf("b goes through the other router of its tag %v after the first was killed", took.Round(time.Millisecond))
+	a.AwaitVisit(t, behind, "behind1", 5*time.Second)
 }
 
 // TestPrimaryFailover kills the first of two routers: traffic goes through the
@@ -340,7 +349,7 @@ func TestPrimaryFailover(t *testing.T) {
 		"tagOwners": {"tag:router": []},
 		"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}],
 	}`)
-	routers, behind := twoRouters(t, lab, server, prefix, "tag:router")
+	routers, behind := routersOf(t, lab, server, prefix, "tag:router", "tag:router")
 	viewer := lab.Client(t, ClientConfig{Name: "viewer", Version: Versions[1]})
 	viewer.Up(t, server, server.Key(t, server.User(t, "ann")), "--accept-routes")
 	viewer.AwaitPeers(t, 2)
