@@ -100,10 +100,29 @@ func (s *Server) Stop() {
 	}
 }
 
+// Beside starts another server on the same database, with a clock of its own. It has to end before this one does, which it does by itself at
+// the end of the test.
+func (s *Server) Beside(name string, clock *Clock) *Server {
+	s.Helper()
+	n := &Server{TB: s.TB, Clock: clock, Store: s.Store, Tailnet: s.Tailnet, opts: s.opts, noise: s.noise}
+	self := db.Instance{Name: name, Started: clock.Now()}
+	_, err := s.Store.Update(s.Context(), s.Tailnet, db.Actor{Kind: "system"}, func(tx *db.Tx) error { return tx.Heartbeat(&self) })
+	s.check(err)
+	ctx, cancel := context.WithCancel(context.Background())
+	n.serve(ctx, cancel, self, func() error { return nil })
+	s.Cleanup(n.Stop)
+	return n
+}
+
 func (s *Server) start() {
 	s.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	self := s.open(ctx)
+	s.serve(ctx, cancel, self, s.Store.Close)
+}
+
+func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, self db.Instance, closeStore func() error) {
+	s.Helper()
 	var err error
 	s.Replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.Store, Tailnet: s.Tailnet})
 	s.check(err)
@@ -134,7 +153,7 @@ func (s *Server) start() {
 		}
 		_ = web.Close()
 		_ = s.Noise.Shutdown(ctx) // ctx is over, so this cuts connections off
-		if err := s.Store.Close(); err != nil {
+		if err := closeStore(); err != nil {
 			s.Errorf("close database: %v", err)
 		}
 	}
