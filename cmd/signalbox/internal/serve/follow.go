@@ -28,8 +28,9 @@ type follower struct {
 	log  func(msg string, args ...any)
 	now  chan struct{} // one slot: look at once
 
-	mu  sync.Mutex // guards the following field
-	err error
+	mu    sync.Mutex // guards the following fields
+	err   error
+	moved chan struct{} // closed at the next report
 }
 
 // lookEvery is how often a file is looked at.
@@ -38,7 +39,7 @@ const lookEvery = time.Second
 func (s *server) followers() []*follower {
 	var out []*follower
 	add := func(name, path string, take func(context.Context, []byte) error) {
-		out = append(out, &follower{name: name, path: path, take: take, log: s.log.Error, now: make(chan struct{}, 1)})
+		out = append(out, &follower{name: name, path: path, take: take, log: s.log.Error, now: make(chan struct{}, 1), moved: make(chan struct{})})
 	}
 	if s.cfg.Policy.Mode == "file" {
 		add("policy_file", s.cfg.Policy.Path, s.takePolicy)
@@ -66,13 +67,14 @@ func (f *follower) kick() {
 func (f *follower) run(ctx context.Context) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
-	var seen string // content last taken or refused
+	var seen string // content last taken or refused, when looked is set
+	looked := false
 	for {
 		if text, err := os.ReadFile(f.path); err != nil {
 			f.report(err)
-		} else if string(text) != seen || errors.Is(f.fault(), db.ErrUnavailable) {
+		} else if !looked || string(text) != seen || errors.Is(f.fault(), db.ErrUnavailable) {
 			err := f.take(ctx, text)
-			seen = string(text)
+			seen, looked = string(text), true
 			f.report(err)
 		} else if errors.As(f.fault(), new(*os.PathError)) {
 			f.report(nil)
@@ -82,7 +84,7 @@ func (f *follower) run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		case <-f.now:
-			seen = ""
+			looked = false
 		}
 	}
 }
@@ -91,6 +93,8 @@ func (f *follower) report(err error) {
 	f.mu.Lock()
 	old := f.err
 	f.err = err
+	close(f.moved)
+	f.moved = make(chan struct{})
 	f.mu.Unlock()
 	if err != nil && (old == nil || old.Error() != err.Error()) {
 		f.log("file not taken; what was there stays in force", "file", f.path, "err", err)

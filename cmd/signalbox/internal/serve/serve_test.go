@@ -1,0 +1,271 @@
+package serve
+
+import (
+	"context"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/types/key"
+
+	"github.com/signalbox-net/signalbox/cmd/signalbox/internal/config"
+	"github.com/signalbox-net/signalbox/control/tailnet"
+)
+
+// load reads a configuration whose sockets take free ports.
+func load(t *testing.T, yaml string) *config.Config {
+	t.Helper()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "config.yaml")
+	if !strings.Contains(yaml, "derp:") {
+		yaml += "\nderp:\n  server:\n    listen_addr: 127.0.0.1:0\n    stun_listen_addr: 127.0.0.1:0\n    stun_second_listen_addr: 127.0.0.1:0\n"
+	}
+	write(t, path, "listen_addr: 127.0.0.1:0\nmetrics_listen_addr: \"\"\ndata_dir: "+filepath.Join(dir, "data")+"\n"+yaml)
+	cfg, err := config.Load(path, nil, config.Overrides{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	// Renamed into place, as editors and tools do, so that no reader sees half.
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// opened is a server with its database, picture and followers, without sockets.
+func opened(t *testing.T, cfg *config.Config) *server {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &server{cfg: cfg, log: newLog(cfg.Log, io.Discard), started: time.Now()}
+	if err := s.open(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if s.replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.store, Tailnet: s.tailnet}); err != nil {
+		t.Fatal(err)
+	}
+	s.ledger = tailnet.NewLedger(tailnet.LedgerConfig{Store: s.store, Tailnet: s.tailnet, Replica: s.replica, Instance: s.self.ID})
+	s.files = s.followers()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = s.replica.Run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+		s.store.Close()
+	})
+	return s
+}
+
+// follow runs the follower of a file; reading returns once it has looked at what is there now.
+func follow(t *testing.T, f *follower) (look func()) {
+	t.Helper()
+	looked := make(chan struct{}, 1)
+	take := f.take
+	f.take = func(ctx context.Context, text []byte) error {
+		err := take(ctx, text)
+		select {
+		case looked <- struct{}{}:
+		default:
+		}
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = f.run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	return func() {
+		t.Helper()
+		f.kick()
+		select {
+		case <-looked:
+		case <-time.After(20 * time.Second):
+			t.Fatal("the file was not looked at")
+		}
+	}
+}
+
+func TestPolicyFileNeverReplacesAGoodPolicyByABadOne(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "policy.hujson")
+	first := "{\"acls\": []} // first\n"
+	write(t, path, first)
+	s := opened(t, load(t, "policy:\n  path: "+path+"\n"))
+	f := s.files[0]
+	look := follow(t, f)
+	look()
+	live := func(want string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		for {
+			told, next := s.replica.News()
+			if v := told.Policy().Version; v != nil && string(v.Text) == want {
+				return
+			}
+			select {
+			case <-next:
+			case <-ctx.Done():
+				t.Fatalf("live policy %+v, want %q; fault %v, replica %v", s.replica.Current().Policy().Version, want, f.fault(), s.replica.Fault())
+			}
+		}
+	}
+	live(first)
+	for _, bad := range []struct{ text, want string }{
+		{"", "is empty"},
+		{"  \n", "is empty"},
+		{`{"acls": [`, ""},
+		{"{\"acls\": [],\n\"tests\": [{\"src\": \"x@\", \"accept\": [\"100.64.0.1:22\"]}]}", "test"},
+		{strings.Repeat("[", 100_000), ""},
+	} {
+		write(t, path, bad.text)
+		look()
+		waitFault(t, f, func(err error) bool { return err != nil && strings.Contains(err.Error(), bad.want) })
+		if v := s.replica.Current().Policy().Version; string(v.Text) != first {
+			t.Fatalf("%.40q became live", bad.text)
+		}
+	}
+	second := `{"acls": [], "groups": {}}`
+	write(t, path, second)
+	look()
+	live(second)
+	waitFault(t, f, func(err error) bool { return err == nil })
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	f.kick()
+	waitFault(t, f, func(err error) bool { return err != nil })
+	live(second)
+}
+
+// waitFault waits until the follower reports what is wanted; it reports after it has taken.
+func waitFault(t *testing.T, f *follower, want func(error) bool) {
+	t.Helper()
+	deadline := time.NewTimer(20 * time.Second)
+	defer deadline.Stop()
+	for {
+		f.mu.Lock()
+		err, moved := f.err, f.moved
+		f.mu.Unlock()
+		if want(err) {
+			return
+		}
+		select {
+		case <-moved:
+		case <-deadline.C:
+			t.Fatalf("fault = %v", err)
+		}
+	}
+}
+
+func TestExtraRecordsFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "records.json")
+	write(t, path, `[{"name": "Grafana.mesh.internal.", "type": "A", "value": "100.64.0.9"}]`)
+	s := opened(t, load(t, "dns:\n  extra_records_path: "+path+"\n"))
+	f := s.files[0]
+	look := follow(t, f)
+	look()
+	waitFault(t, f, func(err error) bool { return err == nil })
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for {
+		told, next := s.replica.News()
+		if r := told.Settings().Records; len(r) == 1 && r[0].Name == "grafana.mesh.internal" && r[0].Value == "100.64.0.9" {
+			break
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			t.Fatalf("records = %+v", s.replica.Current().Settings().Records)
+		}
+	}
+	for _, bad := range []struct{ text, want string }{
+		{`{`, "extra records"},
+		{`[{"name": "x", "type": "A", "value": "::1"}]`, "does not fit"},
+		{`[{"name": "x", "type": "CNAME", "value": "100.64.0.1"}]`, "CNAME"},
+		{`[{"name": "x", "value": "nowhere"}]`, "not an IP address"},
+		{`[{"name": ".", "type": "A", "value": "100.64.0.1"}]`, "name is empty"},
+	} {
+		write(t, path, bad.text)
+		look()
+		waitFault(t, f, func(err error) bool { return err != nil && strings.Contains(err.Error(), bad.want) })
+		if r := s.replica.Current().Settings().Records; len(r) != 1 {
+			t.Fatalf("%s was taken: %+v", bad.text, r)
+		}
+	}
+}
+
+func TestNoiseKeyFileSeedsAnEmptyDatabaseAndNothingElse(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "noise.key")
+	seed := key.NewMachine()
+	write(t, path, marshalKey(seed)+"\n")
+	cfg := load(t, "noise:\n  private_key_path: "+path+"\n")
+	start := func() (*server, error) {
+		s := &server{cfg: cfg, log: newLog(cfg.Log, io.Discard), started: time.Now()}
+		return s, s.open(context.Background())
+	}
+	s, err := start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !s.secrets.noise.Equal(seed) {
+		t.Error("the key in the file was not taken")
+	}
+	s.store.Close()
+
+	other := key.NewMachine()
+	write(t, path, marshalKey(other))
+	if _, err = start(); err == nil || !strings.Contains(err.Error(), seed.Public().String()) || !strings.Contains(err.Error(), other.Public().String()) {
+		t.Errorf("another key in the file: err = %v, want a refusal that names both public keys", err)
+	}
+	write(t, path, "not a key")
+	if _, err = start(); err == nil || !strings.Contains(err.Error(), "noise.private_key_path") {
+		t.Errorf("no key in the file: err = %v", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = start(); err != nil {
+		t.Fatalf("a missing file: %v", err)
+	}
+	if !s.secrets.noise.Equal(seed) {
+		t.Error("the database's key is not used")
+	}
+	s.store.Close()
+}
+
+func TestRelayCertificateComesBackWithItsHost(t *testing.T) {
+	s := opened(t, load(t, ""))
+	pair := func(host string) string {
+		t.Helper()
+		c, _, err := s.certificate(context.Background(), host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(c)
+	}
+	home, away := pair("10.0.0.1"), pair("10.0.0.2")
+	if home == away {
+		t.Error("two hosts have one certificate")
+	}
+	if pair("10.0.0.1") != home {
+		t.Error("a host came back with another certificate, which no client's pin fits")
+	}
+}
