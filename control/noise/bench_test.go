@@ -200,19 +200,21 @@ func readStream(nc net.Conn, size int) error {
 }
 
 func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
-	var server *countingConn
+	var server atomic.Pointer[countingConn]
 	catch := make(chan struct{})
-	g := newRig(t, echo, nil)
 	big := make([]byte, 16<<10)
-	g.Server.cfg.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	g := newRigOn(t, func(c net.Conn) net.Conn {
+		counted := &countingConn{Conn: c}
+		server.Store(counted)
+		return counted
+	}, func(w http.ResponseWriter, r *http.Request) {
 		w.(http.Flusher).Flush()
 		<-catch
 		w.Write(big)
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
-	})
-	k := g.node()
-	cc := g.client(k)
+	}, nil)
+	cc := g.client(g.node())
 	req, _ := http.NewRequest("POST", "http://unused/machine/map", nil)
 	res, err := cc.RoundTrip(req)
 	if err != nil {
@@ -220,16 +222,12 @@ func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
 	}
 	// All writes of the answer's head have happened; nothing writes until the
 	// handler is let go.
-	g.mu.Lock()
-	c := g.machines[k.Public()]
-	server = &countingConn{Conn: c.wire.Conn}
-	c.wire.Conn = server
-	g.mu.Unlock()
+	before := server.Load().writes.Load()
 	close(catch)
 	if _, err := io.ReadFull(res.Body, big); err != nil {
 		t.Fatal(err)
 	}
-	if n := server.writes.Load(); n != 1 {
+	if n := server.Load().writes.Load() - before; n != 1 {
 		t.Errorf("a frame of 16 KiB took %d writes", n)
 	}
 }

@@ -35,17 +35,39 @@ type rig struct {
 
 func newRig(t testing.TB, h http.HandlerFunc, change func(*Config)) *rig {
 	t.Helper()
+	return newRigOn(t, func(c net.Conn) net.Conn { return c }, h, change)
+}
+
+// newRigOn is a rig whose server sees its connections through wrap.
+func newRigOn(t testing.TB, wrap func(net.Conn) net.Conn, h http.HandlerFunc, change func(*Config)) *rig {
+	t.Helper()
 	g := newBareRig(t, h, change)
 	mux := http.NewServeMux()
 	mux.Handle("/ts2021", g.Server)
 	mux.HandleFunc("/key", g.ServeKey)
-	ts := httptest.NewServer(mux)
+	ts := httptest.NewUnstartedServer(mux)
+	ts.Listener = &wrapper{ts.Listener, wrap}
+	ts.Start()
 	g.addr = ts.Listener.Addr().String()
 	t.Cleanup(func() {
 		g.stopNow()
 		ts.Close()
 	})
 	return g
+}
+
+// A wrapper is a listener whose connections are seen through wrap.
+type wrapper struct {
+	net.Listener
+	wrap func(net.Conn) net.Conn
+}
+
+func (l *wrapper) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return l.wrap(c), nil
 }
 
 // newBareRig is a rig without a port, for use with pipe.
