@@ -62,6 +62,8 @@ type Ledger interface {
 type Replica interface {
 	Current() *tailnet.Snapshot
 	WaitFor(context.Context, db.Revision) (*tailnet.Snapshot, error)
+	CatchUp(context.Context) (*tailnet.Snapshot, error)
+	Fault() error
 }
 
 // Registrar completes what a device has begun, *register.Registrar. Its errors
@@ -119,7 +121,7 @@ func newServer(c Config) *server {
 // unknown.
 func (s *server) routes() *chi.Mux {
 	m := chi.NewRouter()
-	m.Use(s.recover, s.Auth.Middleware(s.refuse))
+	m.Use(s.recover, s.Auth.Middleware(s.refuse), s.current)
 	m.NotFound(s.handle(func(*http.Request) (any, error) { return nil, notFound("no such path") }))
 	m.MethodNotAllowed(func(w http.ResponseWriter, r *http.Request) {
 		for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete} {
@@ -169,6 +171,18 @@ func (s *server) routes() *chi.Mux {
 		m.Post("/auth/reject", s.handleBody(s.authReject))
 	})
 	return m
+}
+
+// current has requests see what was answered by another server before, such as
+// the last request of a script behind a balancer. While the database is away
+// they see what is known here.
+func (s *server) current(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.Replica.Fault() == nil {
+			_, _ = s.Replica.CatchUp(r.Context())
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // handle serves a handler that reads no body.
