@@ -19,7 +19,7 @@ import (
 func swift(t *testing.T) {
 	t.Helper()
 	if raced {
-		t.Skip("the race detector makes clients too slow to flood a server")
+		t.Skip("the race detector makes clients too slow for this, and does not watch the server")
 	}
 }
 
