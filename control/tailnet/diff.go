@@ -48,6 +48,9 @@ func Diff(from, to *Snapshot) *Delta {
 		return d
 	}
 	d := diff(from, to)
+	if to.retired {
+		return d
+	}
 	if to.deltas == nil {
 		to.deltas = make(map[*Snapshot]*Delta)
 	}
@@ -58,11 +61,12 @@ func Diff(from, to *Snapshot) *Delta {
 	return d
 }
 
-// Forget drops the caches of s that keep older snapshots in memory. The Replica calls it when s is no longer current.
-func (s *Snapshot) forget() {
+// retire drops the deltas that lead to s, and keeps none from now on. Each holds the snapshot that it leads from: kept any longer than sessions
+// go this way, they would chain every snapshot there ever was to the newest.
+func (s *Snapshot) retire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.deltas = nil
+	s.deltas, s.retired = nil, true
 }
 
 func diff(from, to *Snapshot) *Delta {

@@ -226,7 +226,6 @@ func (r *Replica) follow(ctx context.Context) bool {
 }
 
 func (r *Replica) publish(prev, s *Snapshot) {
-	prev.forget()
 	r.cur.Store(s)
 	r.mu.Lock()
 	close(r.published)
@@ -244,7 +243,10 @@ func (r *Replica) announce() {
 	defer r.mu.Unlock()
 	close(r.announced)
 	r.announced = make(chan struct{})
-	r.told = r.Current()
+	if now := r.Current(); now != r.told {
+		r.told.retire()
+		r.told = now
+	}
 }
 
 func (r *Replica) setFault(err error) (was error) {

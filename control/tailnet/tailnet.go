@@ -88,10 +88,11 @@ type Snapshot struct {
 	seen     Bits // slots that peers may be told of
 	tiles    []*Tile
 
-	mu     sync.Mutex // guards the following fields, which are caches
-	deltas map[*Snapshot]*Delta
-	owners map[tailcfg.UserID]Bits
-	Memo   sync.Map // for netmap: encoded answers that belong to this snapshot
+	mu      sync.Mutex // guards the following fields, which are caches
+	deltas  map[*Snapshot]*Delta
+	retired bool // see retire
+	owners  map[tailcfg.UserID]Bits
+	Memo    sync.Map // for netmap: encoded answers that belong to this snapshot
 }
 
 // A PolicyState is the stored policy together with its parsed form.
