@@ -51,6 +51,17 @@ func Compile(p *Policy, t *Tailnet) (*Access, error) {
 	return c.compile()
 }
 
+// CompileStored is Compile for a policy that was accepted before, against the
+// tailnet as it is now. Names that the tailnet has come to refute (a domain
+// whose last person left, a name that two people have) denote nobody; they are
+// reported as stale and close nothing else.
+func CompileStored(p *Policy, t *Tailnet) (a *Access, stale Errors, err error) {
+	c := &compiler{resolver: newResolver(t), p: p, sourceIndex: map[uint64][]*source{}}
+	stale = c.checkNames(p)
+	a, err = c.compile()
+	return a, stale, err
+}
+
 // compiler holds one compilation.
 type compiler struct {
 	*resolver

@@ -2,6 +2,7 @@ package tailnet
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"reflect"
 	"slices"
@@ -13,7 +14,7 @@ import (
 )
 
 // Build makes the snapshot that follows prev by what moved in b; prev is nil for the first one, for which b must be Full. prev is not
-// modified. A stored policy that does not compile leaves the previous access in force and says so in PolicyState.Err.
+// modified. A stored policy that does not compile denies everything and says so in PolicyState.Err.
 func Build(prev *Snapshot, b *db.Batch) (*Snapshot, error) {
 	if prev == nil && !b.Full {
 		return nil, errors.New("the first snapshot needs everything")
@@ -33,7 +34,7 @@ func Build(prev *Snapshot, b *db.Batch) (*Snapshot, error) {
 	s.takeNodes(prev, b, m)
 	s.takeAccess(prev, b, m)
 	s.takeDERPMap(prev, m)
-	s.takeSeen(prev)
+	s.takeSeen()
 	s.takeTiles(prev, m)
 	return s, err
 }
@@ -85,7 +86,7 @@ func (s *Snapshot) takeNodes(prev *Snapshot, b *db.Batch, m *moved) {
 	s.nodes = slices.Clone(prev.nodes)
 	for _, id := range slices.Sorted(maps.Keys(b.Nodes)) {
 		rec := b.Nodes[id]
-		i, ok := searchSlot(s.ids, id)
+		i, ok := slices.BinarySearch(s.ids, id)
 		if !ok {
 			if rec == nil {
 				continue
@@ -188,23 +189,33 @@ func (s *Snapshot) takeAccess(prev *Snapshot, b *db.Batch, m *moved) {
 		parsed = denyAll()
 	}
 	if parsed != nil {
-		access, err := acl.Compile(parsed, s.facts)
+		access, stale, err := acl.CompileStored(parsed, s.facts)
 		if err == nil {
 			s.access = access
-			if s.policy.Err != nil {
-				s.policy = &PolicyState{Version: s.policy.Version, Parsed: s.policy.Parsed}
-			}
+			s.policy = s.policy.with(stale)
 			return
 		}
 		s.policy = &PolicyState{Version: s.policy.Version, Parsed: s.policy.Parsed, Err: err}
 	}
-	// The text was accepted when it was stored, so this is a newer server's policy or a fact that moved under it (a tag owner deleted).
-	// Access for other slots cannot be kept: deny, and say so in health.
+	// A newer server's policy, or one that has outgrown a limit. What the nodes might do before cannot be told for those that came since:
+	// deny, and say so in health.
 	access, err := acl.Compile(denyAll(), s.facts)
 	if err != nil {
 		panic("the empty policy does not compile: " + err.Error())
 	}
 	s.access = access
+}
+
+// with is p in force, with the names in it that are stale now. It is p itself while nothing about it has changed.
+func (p *PolicyState) with(stale acl.Errors) *PolicyState {
+	var now error
+	if len(stale) > 0 {
+		now = stale
+	}
+	if p.Err == nil && fmt.Sprint(p.Stale) == fmt.Sprint(now) {
+		return p
+	}
+	return &PolicyState{Version: p.Version, Parsed: p.Parsed, Stale: now}
 }
 
 // takeDERPMap puts the policy's derpMap over the servers' relays: a region of it replaces theirs, a null one removes it. The pointer stays the
@@ -236,7 +247,7 @@ func (s *Snapshot) takeDERPMap(prev *Snapshot, m *moved) {
 }
 
 // takeSeen finds which nodes peers may be told of: a node without a disco key cannot be reached, and a client never repairs such a peer.
-func (s *Snapshot) takeSeen(prev *Snapshot) {
+func (s *Snapshot) takeSeen() {
 	s.seen = make(Bits, words(len(s.nodes)))
 	for i, n := range s.nodes {
 		if n != nil && !n.State.DiscoKey.IsZero() {
@@ -285,7 +296,7 @@ func appends(ids []tailcfg.NodeID, b *db.Batch) bool {
 		if rec == nil || id > last {
 			continue
 		}
-		if _, ok := searchSlot(ids, id); !ok {
+		if _, ok := slices.BinarySearch(ids, id); !ok {
 			return false
 		}
 	}

@@ -215,6 +215,9 @@ func (r *Replica) follow(ctx context.Context) bool {
 	if s.policy.Err != nil && s.policy != prev.policy {
 		r.log.Error("the stored policy does not compile here; everything is denied", "err", s.policy.Err)
 	}
+	if s.policy.Stale != nil && s.policy != prev.policy {
+		r.log.Warn("the policy has names that denote nobody any more", "err", s.policy.Stale)
+	}
 	r.publish(prev, s)
 	r.mu.Lock()
 	batches := r.batches

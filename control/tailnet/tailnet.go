@@ -15,7 +15,6 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
-	"sort"
 	"strings"
 	"sync"
 
@@ -99,7 +98,8 @@ type Snapshot struct {
 type PolicyState struct {
 	Version *db.PolicyVersion // nil when no policy is stored: everything is denied
 	Parsed  *acl.Policy       // nil when the stored text is not valid for this binary
-	Err     error             // why Parsed is nil or does not compile; the last good access stays in force
+	Err     error             // why Parsed is nil or does not compile; then everything is denied
+	Stale   error             // names in it that the tailnet has come to refute, which denote nobody; nil when there are none
 }
 
 // index finds slots. It is shared by snapshots between which no key has moved.
@@ -292,16 +292,6 @@ func (b Bits) Clear(i int) {
 	}
 }
 
-// Intersects reports whether the two sets share a slot.
-func (b Bits) Intersects(o Bits) bool {
-	for i := range min(len(b), len(o)) {
-		if b[i]&o[i] != 0 {
-			return true
-		}
-	}
-	return false
-}
-
 // Word is word i of the set, zero past its end.
 func (b Bits) Word(i int) uint64 {
 	if i < len(b) {
@@ -330,11 +320,6 @@ func newIndex(nodes []*Node) *index {
 		x.names[n.GivenName] = i
 	}
 	return x
-}
-
-func searchSlot(ids []tailcfg.NodeID, id tailcfg.NodeID) (int, bool) {
-	i := sort.Search(len(ids), func(i int) bool { return ids[i] >= id })
-	return i, i < len(ids) && ids[i] == id
 }
 
 // Seen reports whether peers may be told of the node in slot at all.
