@@ -83,23 +83,25 @@ func (s *Server) Rival() error {
 // beat says that this server lives. A row that another process has taken is left to it while it lives.
 func (s *Server) beat(ctx context.Context) {
 	i := s.cfg.Instance
-	var rival bool
+	var found bool
 	s.do(ctx, "heartbeat", func(tx *db.Tx) error {
 		list, err := tx.Instances()
 		if err != nil {
 			return err
 		}
-		rival = false
+		rival := false
 		for _, row := range list {
 			other := row.Name == i.Name && row.Started.UnixMicro() != i.Started.UnixMicro()
 			rival = rival || other && s.signs.silent(row.ID, s.cfg.Now()) < s.cfg.ReturnGrace
 		}
-		if rival {
+		// Noted here, where transactions follow one another, so that of two beats the later one has the last word.
+		if was := s.rival.Swap(rival); rival {
+			found = found || !was
 			return nil
 		}
 		return tx.Heartbeat(&i)
 	})
-	if was := s.rival.Swap(rival); rival && !was && ctx.Err() == nil {
+	if found && ctx.Err() == nil {
 		s.log.Error("heartbeat", "name", i.Name, "err", errRival)
 	}
 }
