@@ -21,7 +21,8 @@ var allowed = map[string][]string{
 	"db":                  {"db"},                                                                                  // durable truth, knows nobody
 	"derp":                {"derp"},                                                                                // a relay that knows no tailnet
 	"control/limit":       {},                                                                                      // counts keys, whatever they are
-	"control/noise":       {"control/limit"},                                                                       // a shell around any handler
+	"control/h2":          {},                                                                                      // HTTP/2, whoever speaks it
+	"control/noise":       {"control/limit", "control/h2"},                                                         // a shell around any handler
 	"control/tailnet":     {"acl", "db"},                                                                           // the heart
 	"control/netmap":      {"control/tailnet", "acl"},                                                              // bytes from snapshots: never rows
 	"control/register":    {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},    // one of the protocol's parts

@@ -13,6 +13,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"time"
 
 	"tailscale.com/tailcfg"
@@ -65,7 +66,25 @@ func KeepAliveWire(raw bool) []byte {
 }
 
 // Wire renders a message with its 4-byte little-endian length. For a raw viewer the JSON is sent as it is.
-func Wire(m Message, raw bool) []byte {
+func Wire(m Message, raw bool) []byte { return prefixed(onWire(m, raw)) }
+
+// Pieces is what Wire makes, in order and without a copy of what is shared: the length, then the frames. The pieces must not be modified.
+func Pieces(m Message, raw bool) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		frames := onWire(m, raw)
+		if !yield(binary.LittleEndian.AppendUint32(nil, uint32(Message{Frames: frames}.Size()))) {
+			return
+		}
+		for _, f := range frames {
+			if !yield(f) {
+				return
+			}
+		}
+	}
+}
+
+// onWire is what follows a message's length.
+func onWire(m Message, raw bool) []Frame {
 	if raw {
 		var body []byte
 		for _, f := range m.Frames {
@@ -74,12 +93,12 @@ func Wire(m Message, raw bool) []byte {
 				panic(fmt.Sprintf("netmap: own frame does not decode: %v", err))
 			}
 		}
-		return prefixed([]Frame{body})
+		return []Frame{body}
 	}
 	if m.Size() == len(KeepAlive) {
-		m.Frames = append(m.Frames[:len(m.Frames):len(m.Frames)], emptyFrame)
+		return append(m.Frames[:len(m.Frames):len(m.Frames)], emptyFrame)
 	}
-	return prefixed(m.Frames)
+	return m.Frames
 }
 
 func prefixed(frames []Frame) []byte {

@@ -202,7 +202,7 @@ func readStream(nc net.Conn, size int) error {
 func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
 	var server atomic.Pointer[countingConn]
 	catch := make(chan struct{})
-	big := make([]byte, 16<<10)
+	big := make([]byte, 4*maxPlaintext-9)
 	g := newRigOn(t, func(c net.Conn) net.Conn {
 		counted := &countingConn{Conn: c}
 		server.Store(counted)
@@ -228,6 +228,6 @@ func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := server.Load().writes.Load() - before; n != 1 {
-		t.Errorf("a frame of 16 KiB took %d writes", n)
+		t.Errorf("a full frame took %d writes", n)
 	}
 }

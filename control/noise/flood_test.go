@@ -1,7 +1,6 @@
 package noise
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -10,7 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"golang.org/x/net/http2"
 	"tailscale.com/types/key"
@@ -48,30 +46,6 @@ func TestControlFrameFloodClosesTheConnection(t *testing.T) {
 				t.Errorf("%d frames went through, flooded = %d", sent, got)
 			}
 		})
-	}
-}
-
-func TestFrameCounterFindsFramesInAnyPieces(t *testing.T) {
-	var stream bytes.Buffer
-	stream.WriteString(http2.ClientPreface)
-	f := http2.NewFramer(&stream, nil)
-	f.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20})
-	f.WriteSettingsAck()
-	f.WriteData(1, false, make([]byte, 40_000))
-	f.WritePing(false, [8]byte{})
-	f.WritePing(true, [8]byte{})
-	f.WriteRSTStream(1, http2.ErrCodeCancel)
-	f.WriteWindowUpdate(0, 10)
-	for size := 1; size < stream.Len(); size = size*3 + 1 {
-		c := frameCounter{rate: rateCounter{limit: 100}}
-		for p := stream.Bytes(); len(p) > 0; {
-			n := min(size, len(p))
-			c.count(p[:n], time.Now)
-			p = p[n:]
-		}
-		if c.rate.n != 3 {
-			t.Errorf("pieces of %d: counted %d control frames, want 3", size, c.rate.n)
-		}
 	}
 }
 

@@ -204,6 +204,9 @@ func TestAdvertisedSettings(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if _, err := nc.Write(mapRequest(1 << 20)); err != nil {
+			t.Fatal(err)
+		}
 		f, err := http2.NewFramer(nil, nc).ReadFrame()
 		if err != nil {
 			t.Fatal(err)

@@ -24,12 +24,10 @@
 //  5. Each request passes request.go: what an unknown key may ask, how large a
 //     body may be, how long it may stall.
 //
-// Writes below Noise are collected (wire.go): one HTTP/2 frame of 16 KiB is
-// five Noise frames and leaves in one system call.
+// Writes below Noise are collected (wire.go): a full HTTP/2 DATA frame is cut
+// so that it makes exactly four Noise frames, and leaves in one system call.
 //
-// Handlers should read request bodies to EOF and write at most 8,000 bytes at
-// a time: HTTP/2 keeps its largest read and write buffers as long as the
-// connection lives.
+// HTTP/2 is package h2's: an idle connection keeps no buffer.
 package noise
 
 import (
@@ -186,7 +184,6 @@ type Server struct {
 
 	gate    *semaphore.Weighted
 	sources *limit.Table
-	h2      *http2Server
 
 	base context.Context // ends all connections
 	stop context.CancelFunc
@@ -251,10 +248,6 @@ func New(cfg Config) (*Server, error) {
 		drained:  make(chan struct{}),
 	}
 	s.base, s.stop = context.WithCancel(context.Background())
-
-	if s.h2, err = newHTTP2(cfg.Log); err != nil {
-		return nil, err
-	}
 	return s, nil
 }
 
@@ -310,9 +303,11 @@ func (s *Server) CloseMachine(m key.MachinePublic) {
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.draining = true
-	var unproven []*session
+	var proven, unproven []*session
 	for c := range s.live {
-		if !c.listed {
+		if c.listed {
+			proven = append(proven, c)
+		} else {
 			unproven = append(unproven, c)
 		}
 	}
@@ -321,7 +316,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	for _, c := range unproven {
 		c.close()
 	}
-	s.h2.goAway(ctx)
+	// Each may have to wait for a peer that does not read; closing the connection ends that.
+	var told sync.WaitGroup
+	defer told.Wait()
+	for _, c := range proven {
+		told.Go(c.h2.GoAway)
+	}
 	select {
 	case <-s.drained:
 		s.stop()

@@ -1,16 +1,14 @@
 package noise
 
 import (
-	"encoding/binary"
-	"errors"
 	"net"
 	"net/netip"
 	"sync"
 	"time"
 
-	"golang.org/x/net/http2"
 	"tailscale.com/control/controlbase"
 
+	"github.com/signalbox-net/signalbox/control/h2"
 	"github.com/signalbox-net/signalbox/control/limit"
 )
 
@@ -22,8 +20,9 @@ type session struct {
 	wire     *wire
 	peer     Conn
 	identify func() // nil once called
-	frames   frameCounter
-	proven   bool // owned by the reading goroutine
+	h2       *h2.Conn
+	control  rateCounter // of HTTP/2 frames that cost us work and the peer nothing; owned by the reading goroutine
+	proven   bool        // owned by the reading goroutine
 
 	// Guarded by Server.mu.
 	next   *session
@@ -44,7 +43,7 @@ type session struct {
 func (c *session) serve() {
 	defer c.end()
 	c.setKnown(c.s.cfg.Known(c.peer.Machine), false)
-	c.s.h2.serve(WithPeer(c.s.base, c.peer), (*conn)(c), c)
+	c.h2.Serve()
 }
 
 func (c *session) end() {
@@ -117,20 +116,22 @@ func (c *session) expireIdle() {
 // conn is the plaintext side of a session, as HTTP/2 sees it.
 type conn session
 
-var errFlood = errors.New("noise: too many control frames")
+// frame counts an HTTP/2 frame that costs us work and the peer nothing. It is false when there were too many.
+func (c *session) frame() bool {
+	if c.control.allow(c.s.cfg.Now(), 1) {
+		return true
+	}
+	c.s.counts.flooded.Add(1)
+	c.s.log.Debug("too many control frames", "machine", c.peer.Machine.ShortString(), "conn", c.peer.ID)
+	return false
+}
 
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.nc.Read(p)
 	if n > 0 {
 		if !c.proven {
 			c.proven = true
-			c.wire.Conn.SetReadDeadline(time.Time{})
 			c.s.list((*session)(c))
-		}
-		if !c.frames.count(p[:n], c.s.cfg.Now) {
-			c.s.counts.flooded.Add(1)
-			c.s.log.Debug("too many control frames", "machine", c.peer.Machine.ShortString(), "conn", c.peer.ID)
-			return 0, errFlood
 		}
 	}
 	return n, err
@@ -162,62 +163,6 @@ type remoteAddr netip.AddrPort
 
 func (remoteAddr) Network() string  { return "tcp" }
 func (a remoteAddr) String() string { return netip.AddrPort(a).String() }
-
-// HTTP/2 frame types (RFC 9113, 6) that cost us work and the peer nothing.
-const (
-	framePriority  = 0x2
-	frameRSTStream = 0x3
-	frameSettings  = 0x4
-	framePing      = 0x6
-)
-
-const flagAck = 0x1
-
-// frameCounter follows the frames of an HTTP/2 byte stream and counts the
-// control frames among them. The http2 package itself bounds CONTINUATION
-// frames, open and waiting streams and unsent answers, but not these.
-type frameCounter struct {
-	rate    rateCounter
-	begun   int // bytes of the client preface seen
-	header  [9]byte
-	have    int    // bytes of header
-	payload uint32 // bytes of the frame still to come
-}
-
-// count is false when the stream has too many control frames.
-func (f *frameCounter) count(p []byte, now func() time.Time) bool {
-	if rest := len(http2.ClientPreface) - f.begun; rest > 0 {
-		n := min(rest, len(p))
-		f.begun += n
-		p = p[n:]
-	}
-	control := 0
-	for len(p) > 0 {
-		if f.payload > 0 {
-			n := min(f.payload, uint32(len(p)))
-			f.payload -= n
-			p = p[n:]
-			continue
-		}
-		n := copy(f.header[f.have:], p)
-		f.have += n
-		p = p[n:]
-		if f.have < len(f.header) {
-			break
-		}
-		f.have = 0
-		f.payload = binary.BigEndian.Uint32(f.header[:]) >> 8
-		switch f.header[3] {
-		case framePriority, frameRSTStream:
-			control++
-		case frameSettings, framePing:
-			if f.header[4]&flagAck == 0 {
-				control++
-			}
-		}
-	}
-	return control == 0 || f.rate.allow(now(), control)
-}
 
 // rateCounter counts events in spans of ten seconds. It is used by one
 // goroutine.

@@ -18,6 +18,7 @@ import (
 	"tailscale.com/control/controlbase"
 	"tailscale.com/control/controlhttp/controlhttpcommon"
 
+	"github.com/signalbox-net/signalbox/control/h2"
 	"github.com/signalbox-net/signalbox/control/limit"
 )
 
@@ -107,6 +108,9 @@ func (s *Server) start(c *session, raw net.Conn, head string, early []byte) bool
 		return false
 	}
 	c.wire.attach(raw, early)
+	c.h2 = h2.New((*conn)(c), h2.Config{
+		Handler: c, Context: WithPeer(s.base, c.peer), Setup: s.lim.Setup, Frame: 4 * maxPlaintext, Control: c.frame, Log: s.log,
+	})
 	if !s.add(c) {
 		c.close()
 		return false
@@ -194,7 +198,7 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, *refusal) {
 			Remote:  s.cfg.Source(r),
 			ID:      s.lastID.Add(1),
 		},
-		frames: frameCounter{rate: rateCounter{limit: s.lim.ControlFrames}},
+		control: rateCounter{limit: s.lim.ControlFrames},
 	}
 	if no := s.admit(c); no != nil {
 		s.counts.limited.Add(1)

@@ -11,9 +11,9 @@ import (
 	"github.com/coder/websocket"
 )
 
-// corkSize holds one HTTP/2 frame of 16 KiB as Noise frames (19 bytes more for
-// each 4,077). It stays below 32 KiB, the largest WebSocket message that
-// clients read.
+// corkSize holds a full HTTP/2 DATA frame and the head of its response as Noise
+// frames (19 bytes more for each 4,077). It stays below 32 KiB, the largest
+// WebSocket message that clients read.
 const corkSize = 17 << 10
 
 var corkPool = sync.Pool{New: func() any { return new([corkSize]byte) }}
@@ -24,7 +24,7 @@ var corkPool = sync.Pool{New: func() any { return new([corkSize]byte) }}
 // Before attach there is no connection, and what is written is kept: the
 // handshake is computed before the HTTP request is answered.
 //
-// HTTP/2 has one writer at a time, which is who owns cork and corked.
+// HTTP/2 has one writer at a time (h2.Conn.wmu), which is who owns cork and corked.
 type wire struct {
 	net.Conn
 	stall    time.Duration

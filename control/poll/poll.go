@@ -87,6 +87,15 @@ type attendance struct {
 	onlooker *Session // a read-only stream, of which there may be one more
 	leave    *time.Timer
 	reports  *rate.Limiter
+	waiting  *report // the report that waits for the limiter; newer words take its place
+	once     bool    // a map without a stream is being sent
+}
+
+// A report waits for its turn. update is guarded by Server.mu until it is handed to the ledger; err is valid once done is closed.
+type report struct {
+	update tailnet.Update
+	done   chan struct{}
+	err    error
 }
 
 // stream is where x has its place.
@@ -249,14 +258,9 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, n *tailnet.
 	w.WriteHeader(http.StatusOK)
 }
 
-// report waits for its turn, so that a client that talks too much is slowed down and its newest words win.
+// report stores what a client says. One that talks too much is slowed down: of what it says while a report waits for its turn, the newest is
+// kept, and all that asked get the same answer.
 func (s *Server) report(ctx context.Context, n *tailnet.Node, req *tailcfg.MapRequest) error {
-	if err := s.limiter(n.ID).Wait(ctx); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
-		return err // the client has gone on to a newer state
-	}
 	s.Updates.Add(1)
 	u := tailnet.Update{
 		DiscoKey: req.DiscoKey, Endpoints: tailnet.CleanEndpoints(req.Endpoints, req.EndpointTypes),
@@ -265,20 +269,51 @@ func (s *Server) report(ctx context.Context, n *tailnet.Node, req *tailcfg.MapRe
 	if u.Hostinfo != nil && u.Hostinfo.NetInfo != nil {
 		u.HomeDERP = u.Hostinfo.NetInfo.PreferredDERP
 	}
-	return s.cfg.Ledger.Report(n.ID, u)(ctx)
+	s.mu.Lock()
+	a := s.attend(n.ID)
+	if a.waiting == nil && a.reports.Allow() {
+		s.mu.Unlock()
+		return s.cfg.Ledger.Report(n.ID, u)(ctx)
+	}
+	p := a.waiting
+	if p == nil {
+		p = &report{done: make(chan struct{})}
+		a.waiting = p
+		time.AfterFunc(a.reports.Reserve().Delay(), func() { s.hand(n.ID, a, p) })
+	}
+	if p.update.Hostinfo != nil && u.Hostinfo == nil {
+		u.Hostinfo, u.HomeDERP = p.update.Hostinfo, p.update.HomeDERP // left out means unchanged
+	}
+	p.update = u
+	s.mu.Unlock()
+	select {
+	case <-p.done:
+		return p.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
+
+// hand gives a report that has waited to the ledger.
+func (s *Server) hand(id tailcfg.NodeID, a *attendance, p *report) {
+	s.mu.Lock()
+	a.waiting = nil
+	u := p.update
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), handIn)
+	defer cancel()
+	p.err = s.cfg.Ledger.Report(id, u)(ctx)
+	close(p.done)
+}
+
+// handIn bounds the wait for a report's commit.
+const handIn = 30 * time.Second
 
 // Reports a node may make: a second, and at once.
 const (
 	reportRate  = 5
 	reportBurst = 20
 )
-
-func (s *Server) limiter(id tailcfg.NodeID) *rate.Limiter {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.attend(id).reports
-}
 
 // attend finds or makes the attendance of a node. s.mu is held.
 func (s *Server) attend(id tailcfg.NodeID) *attendance {
@@ -292,11 +327,54 @@ func (s *Server) attend(id tailcfg.NodeID) *attendance {
 
 // serveOnce answers tools that want one map and no stream. It touches no state.
 func (s *Server) serveOnce(w http.ResponseWriter, r *http.Request, n *tailnet.Node, req *tailcfg.MapRequest) {
+	if !s.enterOnce(n.ID) {
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, "a map of this node is under way", http.StatusTooManyRequests)
+		return
+	}
+	defer s.leaveOnce(n.ID)
+	weight := s.weight()
+	if s.gate.Acquire(r.Context(), weight) != nil {
+		return
+	}
+	leave := sync.OnceFunc(func() { s.gate.Release(weight) })
+	defer leave()
+	defer time.AfterFunc(gateTime, leave).Stop()
 	raw := req.Compress == ""
 	snap := s.cfg.Replica.Current()
 	if n = snap.Node(n.ID); n == nil {
 		http.Error(w, unknown, http.StatusUnauthorized)
 		return
 	}
-	_, _ = w.Write(netmap.Wire(netmap.Full(snap, netmap.Viewer{Slot: n.Slot, Raw: raw, Now: s.cfg.Now()}), raw))
+	ctl := http.NewResponseController(w)
+	for b := range netmap.Pieces(netmap.Full(snap, netmap.Viewer{Slot: n.Slot, Raw: raw, Now: s.cfg.Now()}), raw) {
+		// A reader that takes nothing for this long must not keep the map.
+		_ = ctl.SetWriteDeadline(time.Now().Add(s.cfg.Stall))
+		if _, err := w.Write(b); err != nil {
+			return
+		}
+	}
+}
+
+// enterOnce takes a node's one place for maps without a stream.
+func (s *Server) enterOnce(id tailcfg.NodeID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := s.attend(id)
+	if a.once {
+		return false
+	}
+	a.once = true
+	return true
+}
+
+func (s *Server) leaveOnce(id tailcfg.NodeID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.attend(id).once = false
+}
+
+// weight estimates a full map's bytes for the gate.
+func (s *Server) weight() int64 {
+	return min(int64(len(s.cfg.Replica.Current().Nodes()))*bytesPerPeer+8192, s.cfg.InFlight)
 }

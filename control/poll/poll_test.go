@@ -207,7 +207,7 @@ func (g *rig) stuck() *controltest.Client {
 
 func TestStalledReaderHurtsNobody(t *testing.T) {
 	t.Parallel()
-	g := start(t, controltest.Options{Change: func(c *control.Config) { c.Stall, c.Grace = 600*time.Millisecond, 50*time.Millisecond }})
+	g := start(t, controltest.Options{Change: func(c *control.Config) { c.Stall, c.Grace = 3*time.Second, 50*time.Millisecond }})
 	slow := g.stuck()
 	quickOne := g.join("quick").Poll()
 	if st, status := slow.Stalled(nil); st == nil {
@@ -385,7 +385,7 @@ func TestReportsSurviveARestart(t *testing.T) {
 	}
 }
 
-func TestOfflineIsToldWithinThreeSeconds(t *testing.T) {
+func TestOfflineIsToldAfterTheGrace(t *testing.T) {
 	t.Parallel()
 	g := start(t, controltest.Options{}) // with the grace of the product
 	a, b := g.join("a"), g.join("b")
@@ -396,14 +396,14 @@ func TestOfflineIsToldWithinThreeSeconds(t *testing.T) {
 	b.Close() // the whole connection, as a suspended laptop
 	began := time.Now()
 	st.Wait("offline", func(v *controltest.View) bool { return online(v.Peer("b"), false) })
-	if d := time.Since(began); d > 3*time.Second || d < time.Second {
-		t.Errorf("offline after %v", d)
+	if d := time.Since(began); d < 2*time.Second {
+		t.Errorf("offline after %v, within the grace", d)
 	}
 }
 
 func TestQuickReconnectDoesNotFlap(t *testing.T) {
 	t.Parallel()
-	g := start(t, controltest.Options{Change: func(c *control.Config) { c.Grace = time.Second }})
+	g := start(t, controltest.Options{Change: func(c *control.Config) { c.Grace = controltest.Patience }})
 	a, b := g.join("a"), g.join("b")
 	st := a.Poll()
 	bs := b.Poll()

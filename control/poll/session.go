@@ -3,6 +3,7 @@ package poll
 import (
 	"context"
 	"errors"
+	"iter"
 	"math/rand/v2"
 	"net/http"
 	"sync"
@@ -195,7 +196,7 @@ func (s *Server) watch(now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, a := range s.nodes {
-		if a.session == nil && a.onlooker == nil && a.leave == nil && a.reports.TokensAt(now) >= reportBurst {
+		if a.session == nil && a.onlooker == nil && a.leave == nil && a.waiting == nil && !a.once && a.reports.TokensAt(now) >= reportBurst {
 			delete(s.nodes, id)
 		}
 	}
@@ -258,7 +259,7 @@ func (x *Session) Written() int64 { return x.written.Load() }
 func (x *Session) run(ctx context.Context) error {
 	// The KeepAlive is first so that a client that waits its turn in a storm does not give up, and because a client that meets its first
 	// KeepAlive after a big map mistakes later messages of equal length for it.
-	if err := x.write(netmap.KeepAliveWire(x.raw)); err != nil {
+	if err := x.keepAlive(); err != nil {
 		return err
 	}
 	if err := x.full(ctx); err != nil {
@@ -279,7 +280,7 @@ func (x *Session) run(ctx context.Context) error {
 		select {
 		case <-news:
 		case <-alive.C:
-			if err := x.write(netmap.KeepAliveWire(x.raw)); err != nil {
+			if err := x.keepAlive(); err != nil {
 				return err
 			}
 			alive.Reset(x.pause())
@@ -304,7 +305,7 @@ const gateTime = time.Second
 // full sends the first map. A gate on the bytes under way keeps a storm of reconnects from filling the memory.
 func (x *Session) full(ctx context.Context) error {
 	s := x.srv
-	weight := min(int64(len(s.cfg.Replica.Current().Nodes()))*bytesPerPeer+8192, s.cfg.InFlight)
+	weight := s.weight()
 	s.Waiting.Add(1)
 	err := s.gate.Acquire(ctx, weight)
 	s.Waiting.Add(-1)
@@ -323,7 +324,7 @@ func (x *Session) full(ctx context.Context) error {
 	m := netmap.Full(snap, netmap.Viewer{Slot: n.Slot, Raw: x.raw, Now: s.cfg.Now()})
 	s.FullMaps.Add(1)
 	x.moved(snap)
-	return x.write(netmap.Wire(m, x.raw))
+	return x.write(netmap.Pieces(m, x.raw))
 }
 
 func (x *Session) moved(s *tailnet.Snapshot) {
@@ -340,7 +341,7 @@ func (x *Session) advance(snap *tailnet.Snapshot) (sent, over bool, err error) {
 	if n == nil {
 		old := x.at.Node(x.node)
 		x.srv.Farewells.Add(1)
-		return true, true, x.write(netmap.Wire(netmap.Farewell(old, snap.Settings().DNS.BaseDomain, nil), x.raw))
+		return true, true, x.write(netmap.Pieces(netmap.Farewell(old, snap.Settings().DNS.BaseDomain, nil), x.raw))
 	}
 	if n.NodeKey != x.key {
 		return false, true, nil
@@ -350,29 +351,37 @@ func (x *Session) advance(snap *tailnet.Snapshot) (sent, over bool, err error) {
 	x.moved(snap)
 	for _, m := range messages {
 		x.srv.Deltas.Add(1)
-		if err := x.write(netmap.Wire(m, x.raw)); err != nil {
+		if err := x.write(netmap.Pieces(m, x.raw)); err != nil {
 			return true, false, err
 		}
 	}
 	return len(messages) > 0, loggedOut, nil
 }
 
-// pieceSize is how much is written at once: HTTP/2's framer keeps a buffer of the largest frame for the life of the connection.
-const pieceSize = 8000
+// pieceSize is how much is written between two notes of progress: about a frame of HTTP/2.
+const pieceSize = 16 << 10
 
-// write sends b and notes progress for the watch on stalled readers.
-func (x *Session) write(b []byte) error {
+// write sends a message and notes progress for the watch on stalled readers.
+func (x *Session) write(message iter.Seq[[]byte]) error {
 	defer x.busy.Store(0)
-	for len(b) > 0 {
-		x.busy.Store(time.Now().UnixNano())
-		n := min(len(b), pieceSize)
-		if _, err := x.w.Write(b[:n]); err != nil {
-			return err
+	sent := 0
+	for b := range message {
+		for len(b) > 0 {
+			x.busy.Store(time.Now().UnixNano())
+			n := min(len(b), pieceSize)
+			if _, err := x.w.Write(b[:n]); err != nil {
+				return err
+			}
+			sent += n
+			b = b[n:]
 		}
-		x.written.Add(int64(n))
-		x.srv.Bytes.Add(int64(n))
-		b = b[n:]
 	}
+	x.written.Add(int64(sent))
+	x.srv.Bytes.Add(int64(sent))
 	x.busy.Store(time.Now().UnixNano())
 	return x.ctl.Flush()
+}
+
+func (x *Session) keepAlive() error {
+	return x.write(func(yield func([]byte) bool) { yield(netmap.KeepAliveWire(x.raw)) })
 }
