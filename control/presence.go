@@ -19,6 +19,8 @@ import (
 const (
 	// beatEvery is how often servers give a sign of life and judge those of others.
 	beatEvery = 15 * time.Second
+	// aliveFor is how old the heartbeat of a server may be that is shown as alive.
+	aliveFor = 90 * time.Second
 	// goneFor is how long a server has to be silent until its relays are taken out of the map.
 	goneFor = 10 * time.Minute
 	// settled is how old a stream has to be before what the database says of it counts: until then its beginning may not be written.
@@ -53,6 +55,19 @@ func (g *signs) gone(id int64, now time.Time) bool {
 	return ok && now.Sub(s.at) >= goneFor
 }
 
+// alive counts the servers whose last heartbeat, by their own clocks, is younger than within.
+func (g *signs) alive(now time.Time, within time.Duration) int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n := 0
+	for _, s := range g.beats {
+		if now.Sub(s.beat) < within {
+			n++
+		}
+	}
+	return n
+}
+
 // take notes what the rows say. After a time in which this server could not look, because it was paused or the database away, nobody could be
 // heard, so nobody counts as silent.
 func (g *signs) take(list []*db.Instance, now time.Time) {
@@ -80,6 +95,9 @@ func (s *Server) Rival() error {
 	return nil
 }
 
+// Alive is how many servers live, as of the last look at their signs of life: this one, and those whose heartbeat is younger than aliveFor.
+func (s *Server) Alive() int { return max(1, s.signs.alive(s.cfg.Now(), aliveFor)) }
+
 // beat says that this server lives. A row that another process has taken is left to it while it lives.
 func (s *Server) beat(ctx context.Context) {
 	i := s.cfg.Instance
@@ -99,6 +117,7 @@ func (s *Server) beat(ctx context.Context) {
 			found = found || !was
 			return nil
 		}
+		i.Revision, i.Streams = s.cfg.Replica.Current().Revision(), s.Poll.Sessions.Load()
 		return tx.Heartbeat(&i)
 	})
 	if found && ctx.Err() == nil {

@@ -124,6 +124,36 @@ func TestStreamThatWasLeftBehindEnds(t *testing.T) {
 	}
 }
 
+func TestSignOfLifeSaysWhatTheServerHas(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{Change: quick})
+	other := g.Beside("other", g.Clock)
+	watched(g, other)
+	want := other.Update(func(tx *db.Tx) error { return tx.CreateUser(&db.User{Name: "dora", Role: "member"}) }).Revision()
+	other.Beat(g.Context())
+	err := g.Store.View(g.Context(), func(r *db.Reader) error {
+		list, err := r.Instances()
+		if err == nil && (list[1].Revision < want || list[1].Streams != 1) {
+			t.Errorf("the row says %+v, want one stream and a revision from %d on", list[1], want)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Reap(g.Context(), g.Clock.Now())
+	if n := g.Alive(); n != 2 {
+		t.Errorf("%d servers live, want 2", n)
+	}
+	other.Stop()
+	g.Clock.Advance(2 * time.Minute)
+	g.Beat(g.Context())
+	g.Reap(g.Context(), g.Clock.Now())
+	if n := g.Alive(); n != 1 {
+		t.Errorf("%d servers live after one has been gone for two minutes, want 1", n)
+	}
+}
+
 func TestSecondServerOfOneNameIsNoticed(t *testing.T) {
 	t.Parallel()
 	g := start(t, controltest.Options{Change: quick})

@@ -25,6 +25,11 @@ type Config struct {
 	Now     func() time.Time // time.Now when nil
 	Log     *slog.Logger     // discards when nil
 
+	// OnCommit is told how long each transaction took that was committed, from
+	// its beginning until it was on disk, the waits for locks and the work of all
+	// who shared it included. It must not block. Nil: nobody is told.
+	OnCommit func(time.Duration)
+
 	// BusyTimeout is how long a statement waits for a lock that another process
 	// holds; 5 s when zero.
 	BusyTimeout time.Duration

@@ -78,6 +78,18 @@ func (s *Store) Healthy(ctx context.Context) error {
 	return h.result
 }
 
+// Fault is the storage fault that the last statement or commit met, nil when
+// the storage has worked since. It is ErrUnavailable, or ErrCorrupt while
+// writes are refused. It asks nothing of the database.
+func (s *Store) Fault() error {
+	s.health.mu.Lock()
+	defer s.health.mu.Unlock()
+	if s.health.fault == nil {
+		return nil
+	}
+	return s.health.fault
+}
+
 // probe runs apart from its first caller, whose context must not decide what
 // the others are told. It ends within the bounds of a write.
 func (h *health) probe(done chan struct{}) {

@@ -224,6 +224,8 @@ type Instance struct {
 	Version   string
 	Started   time.Time
 	Heartbeat time.Time
+	Revision  Revision // of its picture of the tailnet at the heartbeat; 0: it does not say
+	Streams   int64    // open map streams at the heartbeat
 }
 
 // A Setting is a document that came from configuration, a file or a URL

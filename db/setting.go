@@ -135,6 +135,8 @@ type instanceRow struct {
 	Version   string
 	Started   int64
 	Heartbeat int64
+	Revision  int64
+	Streams   int64
 }
 
 func (instanceRow) TableName() string { return "instances" }
@@ -142,17 +144,22 @@ func (instanceRow) TableName() string { return "instances" }
 // Instances returns the servers that ever used this database, by id.
 func (r *Reader) Instances() ([]*Instance, error) {
 	return find(r, r.g.Order("id"), func(r *instanceRow) (*Instance, error) {
-		return &Instance{ID: r.ID, Name: r.Name, Version: r.Version, Started: fromMicros(r.Started), Heartbeat: fromMicros(r.Heartbeat)}, nil
+		return &Instance{
+			ID: r.ID, Name: r.Name, Version: r.Version, Started: fromMicros(r.Started), Heartbeat: fromMicros(r.Heartbeat),
+			Revision: Revision(r.Revision), Streams: r.Streams,
+		}, nil
 	})
 }
 
 // Heartbeat records that a server lives: it writes the row of that name, and
 // sets i.ID and i.Heartbeat. It makes no revision.
 func (tx *Tx) Heartbeat(i *Instance) error {
-	row := instanceRow{Name: clean(i.Name), Version: clean(i.Version), Started: micros(i.Started), Heartbeat: micros(tx.now)}
+	row := instanceRow{
+		Name: clean(i.Name), Version: clean(i.Version), Started: micros(i.Started), Heartbeat: micros(tx.now), Revision: int64(i.Revision), Streams: i.Streams,
+	}
 	err := tx.err(tx.g.Clauses(clause.OnConflict{
 		Columns:   []clause.Column{{Name: "name"}},
-		DoUpdates: clause.AssignmentColumns([]string{"version", "started", "heartbeat"}),
+		DoUpdates: clause.AssignmentColumns([]string{"version", "started", "heartbeat", "revision", "streams"}),
 	}, clause.Returning{Columns: []clause.Column{{Name: "id"}}}).Create(&row).Error)
 	if err != nil {
 		return fmt.Errorf("heartbeat of %s: %w", i.Name, err)

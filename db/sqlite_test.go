@@ -144,6 +144,9 @@ func TestSQLiteLockedByAnother(t *testing.T) {
 	if err := s.Healthy(t.Context()); !errors.Is(err, db.ErrUnavailable) || errors.Is(err, db.ErrCorrupt) {
 		t.Errorf("health under another's lock: %v", err)
 	}
+	if err := s.Fault(); !errors.Is(err, db.ErrUnavailable) || errors.Is(err, db.ErrCorrupt) {
+		t.Errorf("the last fault under another's lock: %v", err)
+	}
 	if n := s.nodes(t); n != 1 {
 		t.Errorf("reads see %d nodes, want the 1 from before", n)
 	}
@@ -155,6 +158,9 @@ func TestSQLiteLockedByAnother(t *testing.T) {
 	}
 	if err := s.register("after"); err != nil {
 		t.Errorf("after the lock is gone: %v", err)
+	}
+	if err := s.Fault(); err != nil {
+		t.Errorf("the last fault after the lock is gone: %v", err)
 	}
 	if n := s.nodes(t); n != 2 {
 		t.Errorf("%d nodes, want 2: refused writes were kept", n)
@@ -286,6 +292,9 @@ func TestSQLiteDamageAtRunTime(t *testing.T) {
 	}
 	if err := s.Healthy(t.Context()); !errors.Is(err, db.ErrCorrupt) {
 		t.Errorf("health of a damaged database: %v, want ErrCorrupt", err)
+	}
+	if err := s.Fault(); !errors.Is(err, db.ErrCorrupt) {
+		t.Errorf("the fault of a damaged database: %v, want ErrCorrupt", err)
 	}
 	write(good)
 	if err := s.Healthy(t.Context()); err != nil {

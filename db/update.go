@@ -207,10 +207,14 @@ func (w *writer) commitGroup() {
 	defer cancel()
 	var members []*op
 	for attempt := 1; ; attempt++ {
+		began := time.Now()
 		g := &group{store: s, ctx: ctx}
 		var err error
 		members, err = g.runAll(w, members)
 		if err == nil {
+			if g.kept > 0 && s.c.OnCommit != nil {
+				s.c.OnCommit(time.Since(began))
+			}
 			for _, o := range members {
 				o.finish(o.revision, o.err)
 			}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -72,6 +73,7 @@ func RunConformance(t *testing.T, open Open) {
 		{"FollowLoadsWhatMoved", testFollow},
 		{"FollowAfterPruning", testFollowAfterPruning},
 		{"WakeAfterCommit", testWake},
+		{"CommitsAreTimed", testCommitsAreTimed},
 		{"Healthy", testHealthy},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -88,6 +90,7 @@ type fixture struct {
 	clock   *Clock
 	tailnet db.TailnetID
 	user    *db.User
+	commits atomic.Int64 // that the store has timed
 }
 
 // A Clock is a settable clock for db.Config.
@@ -119,7 +122,14 @@ func newFixture(t *testing.T, open Open) *fixture {
 	t.Helper()
 	clock := NewClock()
 	f := &fixture{t: t, clock: clock, user: &db.User{Name: "anna", Role: "admin"}}
-	f.Store = open(t, db.Config{Now: clock.Now, RetainRevisions: 50, MaxAuthRequests: 100, MaxAuthRequestsPerSource: 20})
+	f.Store = open(t, db.Config{
+		Now: clock.Now, RetainRevisions: 50, MaxAuthRequests: 100, MaxAuthRequestsPerSource: 20,
+		OnCommit: func(d time.Duration) {
+			if d > 0 {
+				f.commits.Add(1)
+			}
+		},
+	})
 	t.Cleanup(func() {
 		if err := f.Close(); err != nil {
 			t.Error("close:", err)

@@ -157,7 +157,7 @@ func testInstances(t *testing.T, f *fixture) {
 	b := &db.Instance{Name: "b", Version: "1", Started: f.clock.Now()}
 	f.update(func(tx *db.Tx) error { return errors.Join(tx.Heartbeat(a), tx.Heartbeat(b)) })
 	f.clock.Advance(time.Minute)
-	again := &db.Instance{Name: "a", Version: "2", Started: f.clock.Now()}
+	again := &db.Instance{Name: "a", Version: "2", Started: f.clock.Now(), Revision: 1 << 40, Streams: 7}
 	f.update(func(tx *db.Tx) error { return tx.Heartbeat(again) })
 	if again.ID != a.ID || a.ID == b.ID || again.ID == 0 {
 		t.Errorf("ids %d, %d, again %d", a.ID, b.ID, again.ID)
@@ -364,6 +364,21 @@ func testWake(t *testing.T, f *fixture) {
 	f.node("n")
 	<-f.Wake()
 	<-other
+}
+
+func testCommitsAreTimed(t *testing.T, f *fixture) {
+	before := f.commits.Load()
+	f.update(func(tx *db.Tx) error { return tx.CreateUser(&db.User{Name: "bea", Role: "member"}) })
+	if n := f.commits.Load() - before; n != 1 {
+		t.Errorf("a write was timed %d times, want once", n)
+	}
+	refusal := errors.New("no")
+	if err := f.try(func(*db.Tx) error { return refusal }); err != refusal {
+		t.Fatal(err)
+	}
+	if n := f.commits.Load() - before; n != 1 {
+		t.Errorf("%d commits after a refused write, want 1", n)
+	}
 }
 
 func testHealthy(t *testing.T, f *fixture) {

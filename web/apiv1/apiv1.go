@@ -38,6 +38,8 @@ type Config struct {
 
 	// Instance is this server's row, for the list of servers. 0: unknown.
 	Instance int64
+	// Streams counts the map streams that are open here. Nil: as the row says.
+	Streams func() int64
 	// Pools are where backfilled addresses come from. A zero family is not
 	// filled.
 	Pools db.Pools

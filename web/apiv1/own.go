@@ -359,13 +359,14 @@ type ServerInfo struct {
 	Started   string `json:"started"`
 	Heartbeat string `json:"heartbeat"`
 	Alive     bool   `json:"alive"`
-	Sessions  int    `json:"sessions"` // nodes whose stream it holds
-	Revision  int64  `json:"revision,string,omitempty"`
-	Lag       int64  `json:"lag,omitempty"` // revisions behind the database; of this server only
-	Self      bool   `json:"self"`          // the one that answers
+	Sessions  int    `json:"sessions"`                  // nodes that it holds now, as the database knows it
+	Streams   int64  `json:"streams"`                   // open map streams, those of tools that look on included
+	Revision  int64  `json:"revision,string,omitempty"` // of its picture of the tailnet; 0: it does not say
+	Lag       int64  `json:"lag"`                       // revisions that the database is ahead of Revision
+	Self      bool   `json:"self"`                      // the one that answers: the others' streams and revision are as old as their heartbeat
 }
 
-// aliveFor is how old a sign of life may be.
+// aliveFor is how old a sign of life may be, as in package control.
 const aliveFor = 90 * time.Second
 
 func (s *server) listServers(r *http.Request) (any, error) {
@@ -393,10 +394,19 @@ func (s *server) listServers(r *http.Request) (any, error) {
 	for _, i := range list {
 		info := ServerInfo{
 			ID: i.ID, Name: i.Name, Version: i.Version, Started: i.Started.UTC().Format(time.RFC3339), Heartbeat: i.Heartbeat.UTC().Format(time.RFC3339),
-			Alive: s.now().Sub(i.Heartbeat) < aliveFor, Sessions: holds[i.ID],
+			Alive: s.now().Sub(i.Heartbeat) < aliveFor, Sessions: holds[i.ID], Streams: i.Streams, Revision: int64(i.Revision),
 		}
-		if info.Self = i.ID == s.Instance; info.Self {
-			info.Revision, info.Lag = int64(snap.Revision()), max(0, int64(rev-snap.Revision()))
+		switch info.Self = i.ID == s.Instance; {
+		case info.Self:
+			info.Alive, info.Revision = true, int64(snap.Revision())
+			if s.Streams != nil {
+				info.Streams = s.Streams()
+			}
+		case !info.Alive:
+			info.Streams = 0
+		}
+		if info.Revision > 0 {
+			info.Lag = max(0, int64(rev)-info.Revision)
 		}
 		out.Servers = append(out.Servers, info)
 	}

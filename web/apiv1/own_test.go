@@ -2,9 +2,11 @@ package apiv1
 
 import (
 	"encoding/json"
+	"errors"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"tailscale.com/tailcfg"
 
@@ -175,8 +177,44 @@ func TestAuditAndServersAreListed(t *testing.T) {
 		t.Errorf("the last two events = %+v", newest)
 	}
 	w.refused(400, "query.limit", "GET", own+"/audit?limit=-1", nil)
+}
+
+func TestServersAreListedAsTheyLastSaid(t *testing.T) {
+	w := policyWorld(t)
+	self := db.Instance{Name: "self", Version: "2"}
+	fresh := db.Instance{Name: "fresh", Version: "2", Streams: 5}
+	mute := db.Instance{Name: "the version before", Version: "1"}
+	dead := db.Instance{Name: "dead", Version: "1", Revision: 1, Streams: 9}
+	w.do(func(tx *db.Tx) error { return tx.Heartbeat(&dead) })
+	w.clock.Add(int64(2 * time.Minute))
+	w.do(func(tx *db.Tx) error {
+		rev, err := tx.Revision()
+		fresh.Revision = rev
+		return errors.Join(err, tx.Heartbeat(&self), tx.Heartbeat(&fresh), tx.Heartbeat(&mute))
+	})
+	get[PolicyResponse](w, "PUT", "/api/v1/policy", PolicyRequest{openPolicy})
+	w.config.Instance, w.config.Streams = self.ID, func() int64 { return 3 }
+	w.handler = New(w.config)
 	type servers struct{ Servers []ServerInfo }
-	get[servers](w, "GET", own+"/servers", nil)
+	got := map[string]ServerInfo{}
+	for _, i := range get[servers](w, "GET", own+"/servers", nil).Servers {
+		got[i.Name] = i
+	}
+	now := int64(w.replica.Current().Revision())
+	for name, want := range map[string]ServerInfo{
+		"self":               {Self: true, Alive: true, Streams: 3, Revision: now},
+		"fresh":              {Alive: true, Streams: 5, Revision: int64(fresh.Revision), Lag: now - int64(fresh.Revision)},
+		"the version before": {Alive: true},
+		"dead":               {Revision: 1, Lag: now - 1},
+	} {
+		i := got[name]
+		if i.Self != want.Self || i.Alive != want.Alive || i.Streams != want.Streams || i.Revision != want.Revision || i.Lag != want.Lag || i.Heartbeat == "" {
+			t.Errorf("%s: %+v, want %+v", name, i, want)
+		}
+	}
+	if got["fresh"].Lag < 1 {
+		t.Errorf("the edit of the policy does not show in the lag: %+v", got["fresh"])
+	}
 }
 
 func jsonText(v any) string {

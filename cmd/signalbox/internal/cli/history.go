@@ -105,8 +105,8 @@ func (m *program) serversCmd() *cobra.Command {
 			Started, Heartbeat time.Time
 			Alive, Self        bool
 			Sessions           int
+			Streams, Lag       int64
 			Revision           string
-			Lag                int64
 		}
 		raw, err := c.get(cmd.Context(), "GET", own+"/servers", nil, "servers", &list)
 		if err != nil {
@@ -114,17 +114,20 @@ func (m *program) serversCmd() *cobra.Command {
 		}
 		var rows [][]string
 		for _, s := range list {
-			rev, name := "-", s.Name
-			if s.Self {
-				rev, name = s.Revision, name+" (this one)"
-				if s.Lag > 0 {
-					rev += fmt.Sprintf(" (%d behind)", s.Lag)
-				}
+			rev, lag, name := "-", "-", s.Name
+			if s.Revision != "" {
+				rev, lag = s.Revision, strconv.FormatInt(s.Lag, 10)
 			}
-			rows = append(rows, []string{s.ID, name, s.Version, showTime(&s.Started), showTime(&s.Heartbeat), yesNo(s.Alive), strconv.Itoa(s.Sessions), rev})
+			if s.Self {
+				name += " (this one)"
+			}
+			rows = append(rows, []string{
+				s.ID, name, s.Version, showTime(&s.Started), showTime(&s.Heartbeat), yesNo(s.Alive), strconv.Itoa(s.Sessions), strconv.FormatInt(s.Streams, 10), rev, lag,
+			})
 		}
-		return m.printTable(raw, []string{"ID", "Name", "Version", "Started", "Last sign of life", "Alive", "Nodes connected", "Revision"}, rows)
+		return m.printTable(raw, []string{"ID", "Name", "Version", "Started", "Last sign of life", "Alive", "Nodes connected", "Streams", "Revision", "Lag"}, rows)
 	})
+	cmd.Long = "Streams and revision of other servers are those of their last sign of life, which each gives every 15 seconds. Lag is how many revisions the database is ahead."
 	return cmd
 }
 
