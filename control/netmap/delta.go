@@ -192,7 +192,7 @@ func peersMessage(d *tailnet.Delta, viewer int, c *changes) []Frame {
 		return bigPeersMessage(d, viewer, c)
 	}
 	key := peersKey(d, c)
-	return []Frame{deltaCache(d).get(key, maxDeltaFrames, func() Frame {
+	return []Frame{deltaCache(d).get(key, func() Frame {
 		var text bytes.Buffer
 		text.WriteByte('{')
 		c.writeHead(d, &text)
@@ -289,7 +289,7 @@ func patchFrame(d *tailnet.Delta, list []patch) Frame {
 		b = binary.AppendUvarint(b, uint64(p.slot))
 		b = append(b, byte(p.move))
 	}
-	return deltaCache(d).get(string(b), maxDeltaFrames, func() Frame {
+	return deltaCache(d).get(string(b), func() Frame {
 		out := make([]*tailcfg.PeerChange, 0, len(list))
 		for _, p := range list {
 			out = append(out, peerChange(d.To.NodeAt(p.slot), p.move))
@@ -317,17 +317,6 @@ func peerChange(n *tailnet.Node, m tailnet.Move) *tailcfg.PeerChange {
 		}
 	}
 	return p
-}
-
-// maxDeltaFrames bounds the messages kept with one delta.
-const maxDeltaFrames = 4096
-
-func deltaCache(d *tailnet.Delta) *cache[string] {
-	c, ok := d.Memo.Load("frames")
-	if !ok {
-		c, _ = d.Memo.LoadOrStore("frames", new(cache[string]))
-	}
-	return c.(*cache[string])
 }
 
 // selfMessage says what moved about the viewer itself and its tailnet; nil when nothing did.
@@ -372,7 +361,7 @@ func selfMessage(d *tailnet.Delta, v Viewer) []Frame {
 
 // shared compresses a message once for all viewers who are sent the same text.
 func shared(d *tailnet.Delta, text []byte) []Frame {
-	return []Frame{deltaCache(d).get("s"+string(text), maxDeltaFrames, func() Frame { return frame(text) })}
+	return []Frame{deltaCache(d).get("s"+string(text), func() Frame { return frame(text) })}
 }
 
 // member writes a member that begins with a comma, which the first one of an object goes without.

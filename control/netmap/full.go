@@ -119,16 +119,9 @@ type tileKey struct {
 	looks string
 }
 
-// maxTileFrames bounds how many selections of one tile are kept; a tailnet in which everybody sees other nodes gains nothing from more.
-const maxTileFrames = 96
-
-// tileCache is what Tile.Memo holds.
-type tileCache struct{ cache[tileKey] }
-
 func tileFrame(s *tailnet.Snapshot, views *acl.PeerViews, t int, word uint64) Frame {
 	key := tileKey{word, looks(s, views, t, word)}
-	c := tileCacheOf(s.Tiles()[t])
-	return c.get(key, maxTileFrames, func() Frame {
+	return tileCache(s.Tiles()[t]).get(key, func() Frame {
 		var text bytes.Buffer
 		for b := word; b != 0; b &= b - 1 {
 			if text.Len() > 0 {

@@ -382,6 +382,24 @@ func TestDeltasLeadToWhatAFreshMapSays(t *testing.T) {
 	}
 }
 
+// Dropped frames cost time and nothing else. The test is not parallel, since the limit is everybody's.
+func TestDeltasAreRightWithoutRoomForFrames(t *testing.T) {
+	limit := netmap.Frames.Limit()
+	defer netmap.Frames.SetLimit(limit)
+	for _, limit := range []int64{0, 20_000} {
+		netmap.Frames.SetLimit(limit)
+		for seed := range uint64(2) {
+			t.Run(fmt.Sprintf("%d bytes, seed %d", limit, seed), func(t *testing.T) {
+				history(t, newWorld(t, 100+seed, 20), 20, 4, 0)
+				netmap.Frames.SetLimit(limit)
+				if b := netmap.Frames.Bytes(); b > limit {
+					t.Errorf("%d bytes are kept", b)
+				}
+			})
+		}
+	}
+}
+
 // history takes random steps. In the sixth so many nodes leave at once, which can make a snapshot give its slots anew.
 func history(t *testing.T, w *world, steps, viewers, leave int) {
 	var clients []*viewer

@@ -51,8 +51,8 @@ func (s *server) metrics() *prometheus.Registry {
 	count("sessions_stalled_total", "Streams dropped because their reader made no progress.", p.Stalled.Load)
 	count("sessions_replaced_total", "Streams ended by a newer one of the same node.", p.Replaced.Load)
 	count("reports_total", "Reports taken from clients.", p.Updates.Load)
-	count("frame_cache_hits_total", "Shared frames found ready.", netmap.Stats.Hits.Load)
-	count("frame_cache_misses_total", "Shared frames made.", netmap.Stats.Misses.Load)
+	count("frame_cache_hits_total", "Shared frames found ready.", func() int64 { return frames(func(c netmap.Count) int64 { return c.Hits }) })
+	count("frame_cache_misses_total", "Shared frames made.", func() int64 { return frames(func(c netmap.Count) int64 { return c.Misses }) })
 	gauge("connections", "Open connections of all listeners.", func() float64 { return float64(s.guard.Open()) })
 	for name, get := range map[string]func() int64{
 		"noise_handshakes_total": func() int64 { return s.control.Noise.Counts().Handshakes },
@@ -63,6 +63,14 @@ func (s *server) metrics() *prometheus.Registry {
 		count(name, "Noise handshakes by outcome.", get)
 	}
 	return r
+}
+
+// frames adds up what is known of all kinds of kept frames.
+func frames(get func(netmap.Count) int64) (n int64) {
+	for k := range netmap.Kinds {
+		n += get(netmap.Frames.Count(k))
+	}
+	return n
 }
 
 func (s *server) lag() float64 {
