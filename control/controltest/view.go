@@ -22,6 +22,7 @@ type View struct {
 	Filters  map[string][]tailcfg.FilterRule
 	SSH      *tailcfg.SSHPolicy
 	Domain   string
+	DialPlan *tailcfg.ControlDialPlan // nil: none was sent
 
 	// Faults are what a client would have dropped without a word, such as a patch for a peer that it does not have.
 	Faults []string
@@ -69,6 +70,9 @@ func (v *View) Apply(m *tailcfg.MapResponse) {
 	}
 	if m.Domain != "" {
 		v.Domain = m.Domain
+	}
+	if m.ControlDialPlan != nil {
+		v.DialPlan = m.ControlDialPlan
 	}
 	v.checkProfiles(m.UserProfiles)
 }
@@ -217,5 +221,6 @@ func (v *View) Text() string {
 	line("filters", v.Filters)
 	line("ssh", v.SSH)
 	line("domain", v.Domain)
+	line("dial plan", v.DialPlan)
 	return b.String()
 }

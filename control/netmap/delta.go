@@ -348,6 +348,9 @@ func selfMessage(d *tailnet.Delta, v Viewer) []Frame {
 		if a.DNS.BaseDomain != b.DNS.BaseDomain {
 			w.member(append([]byte(`,"Domain":`), must(b.DNS.BaseDomain)...))
 		}
+		if a.Key(tailnet.SettingDialPlan) != b.Key(tailnet.SettingDialPlan) && b.DialPlan != nil {
+			w.member(dialPlanText(d.To))
+		}
 	}
 	if dnsMoved(d, v.Slot) {
 		w.member(append([]byte(`,"DNSConfig":`), must(dnsConfig(d.To, v.Slot))...))

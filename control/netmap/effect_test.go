@@ -119,3 +119,35 @@ func TestPolicysRelaysLieOverTheServers(t *testing.T) {
 		t.Error("an edit that changes no relay sends the relay map")
 	}
 }
+
+// A client keeps a dial plan for the life of its process, so that one which is over has to be said, too.
+func TestDialPlanIsSentWhenItChangesAndWhenItEnds(t *testing.T) {
+	const plan = `"ControlDialPlan":{"Candidates":[{"IP":"203.0.113.7","DialTimeoutSec":10}]}`
+	const none = `"ControlDialPlan":{"Candidates":null}`
+	w := fleet(t, policies[0], 4)
+	full := func() string {
+		return string(netmap.Wire(netmap.Full(w.now, netmap.Viewer{Slot: 0}), true))
+	}
+	if strings.Contains(full(), "ControlDialPlan") {
+		t.Error("a tailnet without a plan sends one")
+	}
+	for _, want := range []string{plan, none} {
+		before := w.now
+		w.begin()
+		w.set(tailnet.SettingDialPlan, "{"+want[len(`"ControlDialPlan":{`):])
+		w.publish()
+		if got := to(before, w.now, 1); got != "{"+want+"}" {
+			t.Errorf("a session was sent %q, want %s", got, want)
+		}
+		if !strings.Contains(full(), want) {
+			t.Errorf("a first map lacks %s", want)
+		}
+		before = w.now
+		w.begin()
+		w.set(tailnet.SettingOptions, fmt.Sprintf(`{"displayName": "n%d"}`, len(want)))
+		w.publish()
+		if got := to(before, w.now, 1); strings.Contains(got, "ControlDialPlan") {
+			t.Errorf("the plan was repeated without need: %q", got)
+		}
+	}
+}

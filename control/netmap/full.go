@@ -31,6 +31,9 @@ func Full(s *tailnet.Snapshot, v Viewer) Message {
 	if !s.Settings().Options.LogTail {
 		w.text(`,"Debug":{"DisableLogTail":true}`)
 	}
+	if s.Settings().DialPlan != nil {
+		w.own.Write(dialPlanText(s))
+	}
 	w.frame(derpFrame(s))
 	w.frame(dnsFrame(s, v.Slot))
 	w.frame(filterFrame(s, v.Slot))
@@ -176,6 +179,12 @@ func peerJSON(s *tailnet.Snapshot, views *acl.PeerViews, slot int) []byte {
 	text := must(peerNode(n, look, false))
 	n.Wire.Store("peer", kept{look, text})
 	return text
+}
+
+// dialPlanText says where clients find the servers. A client keeps a plan for the life of its process, so one that is over is sent as well: it
+// is an empty one (tailcfg.MapResponse.ControlDialPlan).
+func dialPlanText(s *tailnet.Snapshot) []byte {
+	return append([]byte(`,"ControlDialPlan":`), must(s.Settings().DialPlan)...)
 }
 
 // derpFrame is the relay map, the same for all viewers.

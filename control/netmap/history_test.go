@@ -250,6 +250,12 @@ func (w *world) move() string {
 		"relays": func() {
 			w.set(tailnet.SettingDERPMap, fmt.Sprintf(`{"Regions": {"%d": {"RegionID": 1}}}`, 1+w.IntN(3)))
 		},
+		"dial plan": func() {
+			w.set(tailnet.SettingDialPlan, []string{
+				`{"Candidates": null}`, `{"Candidates": [{"IP": "203.0.113.7", "DialTimeoutSec": 10}]}`,
+				`{"Candidates": [{"IP": "203.0.113.8", "DialTimeoutSec": 10}, {"IP": "203.0.113.7", "DialStartDelaySec": 0.3, "DialTimeoutSec": 10}]}`,
+			}[w.IntN(3)])
+		},
 		"options": func() {
 			w.set(tailnet.SettingOptions, fmt.Sprintf(`{"displayName": "n%d", "taildrop": %t}`, w.IntN(3), w.IntN(2) == 0))
 		},

@@ -577,3 +577,26 @@ func TestExpiredNodeSeesItselfOnly(t *testing.T) {
 }
 
 func decodeRaw(text []byte, m *tailcfg.MapResponse) error { return json.Unmarshal(text, m) }
+
+func TestDialPlanReachesClients(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	a := g.join("a").Poll()
+	a.Wait("the first map", func(v *controltest.View) bool { return v.Node != nil && v.DialPlan == nil })
+	set := func(doc string) {
+		g.Update(func(tx *db.Tx) error {
+			_, err := tx.PutSetting(tailnet.SettingDialPlan, []byte(doc))
+			return err
+		})
+	}
+	has := func(n int) func(*controltest.View) bool {
+		return func(v *controltest.View) bool { return v.DialPlan != nil && len(v.DialPlan.Candidates) == n }
+	}
+	set(`{"Candidates": [{"IP": "203.0.113.7", "DialTimeoutSec": 10}]}`)
+	a.Wait("the plan", has(1))
+	b := g.join("b").Poll()
+	b.Wait("the plan in the first map", has(1))
+	set(`{"Candidates": null}`)
+	a.Wait("its end", has(0))
+	b.Wait("its end", has(0))
+}

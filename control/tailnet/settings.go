@@ -20,6 +20,7 @@ const (
 	SettingExtraRecords = "extra_records" // []tailcfg.DNSRecord
 	SettingDERPMap      = "derp_map"      // tailcfg.DERPMap; servers beside the first store theirs under this name, a slash and their number
 	SettingOptions      = "options"       // Options
+	SettingDialPlan     = "dial_plan"     // tailcfg.ControlDialPlan; absent in a tailnet that never had one
 )
 
 // DNS is what the tailnet's devices are told about names.
@@ -50,6 +51,10 @@ type Settings struct {
 	Records []tailcfg.DNSRecord
 	DERPMap *tailcfg.DERPMap // the servers' maps together
 	Options Options
+
+	// DialPlan says at which addresses clients look for the servers. Nil when there never was one; without candidates when there is none any
+	// more, which clients have to be told.
+	DialPlan *tailcfg.ControlDialPlan
 
 	maps map[string]*tailcfg.DERPMap // by setting
 	raw  map[string]string           // name to hash, to see what moved
@@ -145,6 +150,12 @@ func (s *Settings) read(name string, value json.RawMessage) error {
 			return err
 		}
 		s.Options = v
+	case SettingDialPlan:
+		v := new(tailcfg.ControlDialPlan)
+		if err := json.Unmarshal(value, v); err != nil {
+			return err
+		}
+		s.DialPlan = v
 	}
 	return nil
 }

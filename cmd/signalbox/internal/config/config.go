@@ -44,6 +44,8 @@ type Config struct {
 	ListenAddr        string
 	MetricsListenAddr string // empty: no metrics and debug listener
 	TrustedProxies    []netip.Prefix
+	ControlDialPlan   []DialCandidate
+	FrameCacheMiB     int // bound of the encoded parts of maps that are kept
 
 	Noise    Noise
 	Prefixes Prefixes
@@ -79,6 +81,15 @@ type Config struct {
 	GRPCAllowInsecure bool
 
 	origins map[string]Origin
+}
+
+// A DialCandidate is an element of control_dial_plan
+// (tailcfg.ControlIPCandidate).
+type DialCandidate struct {
+	IP         netip.Addr
+	StartDelay time.Duration // after the client begins to connect
+	Timeout    time.Duration // from StartDelay on; positive
+	Priority   int           // the higher the better
 }
 
 // Noise has the keys noise.*.

@@ -122,6 +122,8 @@ func decode(k *key, n *yaml.Node, dst any) error {
 		})
 	case *[]DNSRecord:
 		return decodeRecords(n, dst)
+	case *[]DialCandidate:
+		return decodeCandidates(n, dst)
 	}
 	panic(fmt.Sprintf("config: key %s has the unhandled type %T", k.Name, dst))
 }
@@ -293,6 +295,59 @@ func checkRecord(n *yaml.Node, r *DNSRecord) error {
 		return at(n, "type of %s: want A or AAAA, got %q", r.Name, r.Type)
 	case a.Is4() != (r.Type == "A"):
 		return at(n, "value of %s: %v does not fit type %s", r.Name, a, r.Type)
+	}
+	return nil
+}
+
+// dialTimeout is how long a candidate of the dial plan is tried when the file
+// does not say. Clients take 0 for "not at all".
+const dialTimeout = 10 * time.Second
+
+func decodeCandidates(n *yaml.Node, dst *[]DialCandidate) error {
+	if n.Kind != yaml.SequenceNode {
+		return at(n, "want a list of {ip, start_delay, timeout, priority}, got %s", what(n))
+	}
+	*dst = nil
+	var errs []error
+	for i, e := range n.Content {
+		if i >= MaxDialCandidates {
+			errs = append(errs, at(e, "at most %d addresses are possible", MaxDialCandidates))
+			break
+		}
+		c := DialCandidate{Timeout: dialTimeout}
+		fields := map[string]any{"ip": &c.IP, "start_delay": &c.StartDelay, "timeout": &c.Timeout, "priority": &c.Priority}
+		err := eachPair(deref(e), func(k, v *yaml.Node) error {
+			dst := fields[k.Value]
+			if dst == nil {
+				return at(k, "unknown field %q: a candidate has ip, start_delay, timeout and priority", k.Value)
+			}
+			return decode(&key{Name: k.Value}, v, dst)
+		})
+		if err == nil {
+			err = checkCandidate(e, &c, *dst)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		*dst = append(*dst, c)
+	}
+	return errors.Join(errs...)
+}
+
+func checkCandidate(n *yaml.Node, c *DialCandidate, before []DialCandidate) error {
+	switch {
+	case !c.IP.IsValid():
+		return at(n, "a candidate needs an ip")
+	case c.IP.IsUnspecified() || c.IP.IsMulticast() || c.IP.Zone() != "" || c.IP.Is4In6():
+		return at(n, "%v is not an address that clients can reach", c.IP)
+	case c.Timeout <= 0:
+		return at(n, "timeout of %v: want more than 0", c.IP)
+	case c.StartDelay+c.Timeout > maxDialTime:
+		return at(n, "start_delay and timeout of %v are %s together: clients give up after %s", c.IP, FormatDuration(c.StartDelay+c.Timeout), FormatDuration(maxDialTime))
+	}
+	if slices.ContainsFunc(before, func(o DialCandidate) bool { return o.IP == c.IP }) {
+		return at(n, "%v is given twice", c.IP)
 	}
 	return nil
 }

@@ -70,6 +70,18 @@ func render(k *key, c *Config) (*yaml.Node, error) {
 			list = append(list, map[string]string{"name": r.Name, "type": r.Type, "value": r.Value})
 		}
 		return n, n.Encode(list)
+	case *[]DialCandidate:
+		type candidate struct {
+			IP         string `yaml:"ip"`
+			StartDelay string `yaml:"start_delay"`
+			Timeout    string `yaml:"timeout"`
+			Priority   int    `yaml:"priority"`
+		}
+		list := []candidate{}
+		for _, c := range *v {
+			list = append(list, candidate{c.IP.String(), FormatDuration(c.StartDelay), FormatDuration(c.Timeout), c.Priority})
+		}
+		return n, n.Encode(list)
 	case encoding.TextMarshaler: // addresses and prefixes; the zero value is the empty text
 		text, err := v.MarshalText()
 		n.SetString(string(text))

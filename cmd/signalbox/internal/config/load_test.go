@@ -70,6 +70,9 @@ func TestProblemsNamePlaceKeyAndRemedy(t *testing.T) {
 		"record":        {"dns:\n  extra_records:\n    - {name: a.b, type: CNAME, value: 100.64.0.1}\n    - {name: a.b, type: A, value: fd7a::1}\n", nil, Overrides{}, []string{"config.yaml:3:7: dns.extra_records: type of a.b: want A or AAAA", "config.yaml:4:7: dns.extra_records: value of a.b: fd7a::1 does not fit type A"}},
 		"record name":   {"dns:\n  extra_records: [{name: a b, type: A, value: 100.64.0.1}]\n", nil, Overrides{}, []string{`config.yaml:2:19: dns.extra_records: "a b" is not a domain name`}},
 		"two records":   {"dns:\n  extra_records: [{name: a.b, type: A, value: 100.64.0.1}]\n  extra_records_path: r.json\n", nil, Overrides{}, []string{"config.yaml:3:3: dns.extra_records_path: contradicts dns.extra_records"}},
+		"dial plan":     {"control_dial_plan: [{ip: 203.0.113.7, timeout: 0}, {ip: mesh.example.com}, {priority: 1},\n  {ip: 203.0.113.8, port: 1}, {ip: 203.0.113.9}, {ip: 203.0.113.9}, {ip: 0.0.0.0}, {ip: 10.0.0.1, start_delay: 55s}, {ip: 10.0.0.2, priority: high}, x]\n", nil, Overrides{}, []string{"config.yaml:1:21: control_dial_plan: timeout of 203.0.113.7: want more than 0", "config.yaml:1:57: control_dial_plan: want an IP address, got", "config.yaml:1:76: control_dial_plan: a candidate needs an ip", `config.yaml:2:21: control_dial_plan: unknown field "port"`, "config.yaml:2:50: control_dial_plan: 203.0.113.9 is given twice", "0.0.0.0 is not an address that clients can reach", "start_delay and timeout of 10.0.0.1 are 1m5s together", "control_dial_plan: want a whole number", "control_dial_plan: want a section of key: value"}},
+		"one candidate": {"control_dial_plan: {ip: 203.0.113.7}\n", nil, Overrides{}, []string{"config.yaml:1:20: control_dial_plan: want a list of {ip, start_delay, timeout, priority}, got a section"}},
+		"frame cache":   {"frame_cache_mib: -1\n", nil, Overrides{}, []string{"config.yaml:1:1: frame_cache_mib: want 0 to 1048576, got -1"}},
 		"postgres":      {"database:\n  type: postgres\n  postgres: {host: db, name: s}\n", nil, Overrides{}, []string{"config.yaml:2:3: database.type: postgres needs database.postgres.user"}},
 		"long socket":   {"unix_socket: /" + strings.Repeat("x", 107) + "\n", nil, Overrides{}, []string{"unix_socket: the path has 108 bytes, a unix socket may have 107"}},
 		"removed key":   {"acl_policy_path: p\n", nil, Overrides{}, []string{"config.yaml:1:1: acl_policy_path: this key was removed: use policy.path"}},
@@ -253,7 +256,7 @@ func TestDurations(t *testing.T) {
 }
 
 func TestDumpReadsBackWithoutSecrets(t *testing.T) {
-	c, err := load(t, "node:\n  expiry: \"0\"\ntrusted_proxies: [10.0.0.1]\ndns:\n  extra_records: [{name: a.b, type: A, value: 100.64.0.9}]\ndatabase:\n  postgres: {pass: hunter2}\n", nil, Overrides{})
+	c, err := load(t, "node:\n  expiry: \"0\"\ntrusted_proxies: [10.0.0.1]\ncontrol_dial_plan: [{ip: 203.0.113.7}, {ip: \"fd7a::8\", start_delay: 300ms, timeout: 5s, priority: 2}]\ndns:\n  extra_records: [{name: a.b, type: A, value: 100.64.0.9}]\ndatabase:\n  postgres: {pass: hunter2}\n", nil, Overrides{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,16 @@ const MaxSocketPath = 107
 // a minute to come back.
 const MinEphemeralTimeout = 65 * time.Second
 
+// MaxFrameCacheMiB is a terabyte: more is a mistake.
+const MaxFrameCacheMiB = 1 << 20
+
+// MaxDialCandidates bounds control_dial_plan: a client that has lost its
+// server tries them all.
+const MaxDialCandidates = 16
+
+// maxDialTime is the longest that clients take to connect by a plan.
+const maxDialTime = time.Minute
+
 var (
 	cgnat = netip.MustParsePrefix("100.64.0.0/10")
 	ula   = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
@@ -137,19 +147,19 @@ func isEvery(host string) bool {
 }
 
 // publicMetrics refuses to show the inside of the server to the Internet:
-// there is no password on that listener.
+// metrics have no password, and API keys would come in clear.
 func (l *loader) publicMetrics() {
 	host, _, err := net.SplitHostPort(l.cfg.MetricsListenAddr)
 	if err != nil {
 		return
 	}
 	if isEvery(host) {
-		l.warn("metrics_listen_addr", "metrics and /debug/ are open to everybody who reaches %s; keep the port closed to the outside", l.cfg.MetricsListenAddr)
+		l.warn("metrics_listen_addr", "metrics are open to everybody who reaches %s; keep the port closed to the outside", l.cfg.MetricsListenAddr)
 		return
 	}
 	a, err := netip.ParseAddr(host)
 	if err == nil && !a.IsLoopback() && !a.IsPrivate() && !a.IsLinkLocalUnicast() && !cgnat.Contains(a) {
-		l.fault("metrics_listen_addr", "%s is a public address, and metrics and /debug/ have no password: use a private one", host)
+		l.fault("metrics_listen_addr", "%s is a public address, metrics have no password, and an API key for /debug/ would come in clear: use a private one", host)
 	}
 }
 
@@ -326,6 +336,9 @@ func within(host, domain string) bool {
 
 func (l *loader) validateRest() {
 	c := l.cfg
+	if m := c.FrameCacheMiB; m < 0 || m > MaxFrameCacheMiB {
+		l.fault("frame_cache_mib", "want 0 to %d, got %d", MaxFrameCacheMiB, m)
+	}
 	if t := c.Node.Ephemeral.InactivityTimeout; t <= MinEphemeralTimeout {
 		l.fault("node.ephemeral.inactivity_timeout", "want more than 65s, got %s: a client that loses its connection may take a minute to come back", FormatDuration(t))
 	}

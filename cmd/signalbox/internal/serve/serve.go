@@ -23,6 +23,7 @@ import (
 
 	"github.com/signalbox-net/signalbox/cmd/signalbox/internal/config"
 	"github.com/signalbox-net/signalbox/control"
+	"github.com/signalbox-net/signalbox/control/netmap"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 	"github.com/signalbox-net/signalbox/derp"
@@ -64,6 +65,7 @@ func (d damaged) Unwrap() error { return d.error }
 // Run serves until ctx ends. The line for joining a device goes to stdout, the log to stderr.
 func Run(ctx context.Context, cfg *config.Config, stdout, stderr io.Writer) error {
 	s := &server{cfg: cfg, log: newLog(cfg.Log, stderr), started: time.Now()}
+	netmap.Frames.SetLimit(int64(cfg.FrameCacheMiB) << 20)
 	for _, w := range cfg.Warnings {
 		s.log.Warn(w)
 	}

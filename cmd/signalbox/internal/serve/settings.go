@@ -3,6 +3,7 @@ package serve
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -45,6 +46,9 @@ func (s *server) storeSettings(ctx context.Context) error {
 		docs[tailnet.SettingExtraRecords] = records
 	}
 	_, err = s.store.Update(ctx, s.tailnet, system, func(tx *db.Tx) error {
+		if err := s.putDialPlan(tx); err != nil {
+			return err
+		}
 		for name, doc := range docs {
 			if err := putSetting(tx, name, doc); err != nil {
 				return err
@@ -56,6 +60,25 @@ func (s *server) storeSettings(ctx context.Context) error {
 		return fmt.Errorf("store settings: %w", err)
 	}
 	return nil
+}
+
+// putDialPlan stores the configured dial plan. That there is none is stored only over an earlier plan, which clients then have to be told.
+func (s *server) putDialPlan(tx *db.Tx) error {
+	plan := new(tailcfg.ControlDialPlan)
+	for _, c := range s.cfg.ControlDialPlan {
+		plan.Candidates = append(plan.Candidates, tailcfg.ControlIPCandidate{
+			IP: c.IP, DialStartDelaySec: c.StartDelay.Seconds(), DialTimeoutSec: c.Timeout.Seconds(), Priority: c.Priority,
+		})
+	}
+	if len(plan.Candidates) == 0 {
+		if _, err := tx.Setting(tailnet.SettingDialPlan); err != nil {
+			if errors.Is(err, db.ErrNotFound) {
+				return nil
+			}
+			return err
+		}
+	}
+	return putSetting(tx, tailnet.SettingDialPlan, plan)
 }
 
 func putSetting(tx *db.Tx, name string, doc any) error {
