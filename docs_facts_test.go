@@ -59,12 +59,17 @@ func TestRoutesOfTheAPIPage(t *testing.T) {
 }
 
 func TestMetricsOfTheOperationsPage(t *testing.T) {
-	const page, source = "docs/operations.md", "cmd/signalbox/internal/serve/debug.go"
+	const page, source = "docs/operations.md", "cmd/signalbox/internal/serve/metrics.go"
 	var want []string
-	for _, m := range matches(t, `(?m)(?:gauge\(|count\(|^\s+)"([a-z0-9_]+)"(?:,|:\s+func)`, source) {
+	for _, m := range matches(t, `(?:gauge\(|count\(|make\(|Name: )"([a-z0-9_]+)",`, source) {
 		want = append(want, "signalbox_"+m)
 	}
-	equalLists(t, page, matches(t, "`(signalbox_[a-z0-9_]+)`", page), source, want)
+	equalLists(t, page, matches(t, "`(signalbox_[a-z0-9_]+)(?:\\{[a-z]+\\})?`", page), source, want)
+}
+
+func TestDebugPagesOfTheOperationsPage(t *testing.T) {
+	const page, source = "docs/operations.md", "cmd/signalbox/internal/serve/debug.go"
+	equalLists(t, page, matches(t, "(?m)^\\| `(/debug/[a-z]+/?)`", page), source, matches(t, `(?m)^\s+\{"(/debug/[a-z]+/?)", "`, source))
 }
 
 func TestSectionsOfThePolicyPage(t *testing.T) {

@@ -51,6 +51,7 @@ type Options struct {
 	Policy string                // stored in a new database; "" is AllowAll
 	DB     func(*db.Config)      // may be nil
 	Change func(*control.Config) // may be nil
+	FanOut func(time.Duration)   // see tailnet.ReplicaConfig; may be nil
 }
 
 // A Server is a running control server.
@@ -124,7 +125,7 @@ func (s *Server) start() {
 func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, self db.Instance, closeStore func() error) {
 	s.Helper()
 	var err error
-	s.Replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.Store, Tailnet: s.Tailnet})
+	s.Replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.Store, Tailnet: s.Tailnet, FanOut: s.opts.FanOut})
 	s.check(err)
 	reserved := []string{"reserved-label"}
 	s.Ledger = tailnet.NewLedger(tailnet.LedgerConfig{Store: s.Store, Tailnet: s.Tailnet, Replica: s.Replica, Instance: self.ID, Reserved: reserved})

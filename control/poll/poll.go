@@ -68,10 +68,11 @@ type Server struct {
 	down  bool // the server is stopping: streams end without the nodes going offline
 }
 
-// Stats are counters of a Server; they only grow, but for Sessions and Waiting.
+// Stats are counters of a Server; they only grow, but for Sessions, Waiting and InFlight.
 type Stats struct {
 	Sessions  atomic.Int64 // open streams
 	Waiting   atomic.Int64 // sessions that wait to send their full map
+	InFlight  atomic.Int64 // bytes of full maps, as estimated, that have passed the gate; see Config.InFlight
 	FullMaps  atomic.Int64
 	Deltas    atomic.Int64
 	Bytes     atomic.Int64
@@ -80,6 +81,9 @@ type Stats struct {
 	Updates   atomic.Int64 // reports taken
 	Farewells atomic.Int64
 }
+
+// Room is the bound of Stats.InFlight.
+func (s *Server) Room() int64 { return s.cfg.InFlight }
 
 // attendance is what the server remembers of a node while it has a stream or had one a moment ago.
 type attendance struct {

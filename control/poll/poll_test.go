@@ -3,6 +3,7 @@ package poll_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"testing"
@@ -577,6 +578,33 @@ func TestExpiredNodeSeesItselfOnly(t *testing.T) {
 }
 
 func decodeRaw(text []byte, m *tailcfg.MapResponse) error { return json.Unmarshal(text, m) }
+
+func TestFanOutIsTimed(t *testing.T) {
+	t.Parallel()
+	took := make(chan time.Duration, 1000)
+	g := start(t, controltest.Options{FanOut: func(d time.Duration) {
+		select {
+		case took <- d:
+		default:
+		}
+	}})
+	b := g.join("b")
+	a := g.join("a").Poll()
+	// A session is done a moment after its client has what it wrote, and what it wrote counts if that is before the next change.
+	for region := range 100 {
+		g.EditNode(b.ID(), func(n *db.Node) { n.GivenName = fmt.Sprintf("b%d", region) })
+		a.Wait("the new name", func(v *controltest.View) bool { return v.Peer(fmt.Sprintf("b%d", region)) != nil })
+		select {
+		case d := <-took:
+			if d <= 0 || d > controltest.Patience {
+				t.Errorf("a fan-out took %v", d)
+			}
+			return
+		default:
+		}
+	}
+	t.Error("a hundred changes reached a client, and no fan-out was timed")
+}
 
 func TestDialPlanReachesClients(t *testing.T) {
 	t.Parallel()

@@ -313,7 +313,11 @@ func (x *Session) full(ctx context.Context) error {
 		return err
 	}
 	// Its place is for the work of making and handing over the map. A reader behind a slow link takes longer, and must not hold up the rest.
-	leave := sync.OnceFunc(func() { s.gate.Release(weight) })
+	s.InFlight.Add(weight)
+	leave := sync.OnceFunc(func() {
+		s.InFlight.Add(-weight)
+		s.gate.Release(weight)
+	})
 	defer leave()
 	defer time.AfterFunc(gateTime, leave).Stop()
 	snap := s.cfg.Replica.Current()
@@ -354,6 +358,9 @@ func (x *Session) advance(snap *tailnet.Snapshot) (sent, over bool, err error) {
 		if err := x.write(netmap.Pieces(m, x.raw)); err != nil {
 			return true, false, err
 		}
+	}
+	if len(messages) > 0 {
+		snap.Delivered()
 	}
 	return len(messages) > 0, loggedOut, nil
 }

@@ -3,6 +3,7 @@ package tailnet
 import (
 	"runtime"
 	"testing"
+	"time"
 	"weak"
 
 	"tailscale.com/tailcfg"
@@ -50,4 +51,49 @@ func TestOldSnapshotsAreReleased(t *testing.T) {
 		}
 	}
 	runtime.KeepAlive(r)
+}
+
+func TestFanOutLastsUntilTheLatestDelivery(t *testing.T) {
+	first, err := Build(nil, &db.Batch{Full: true, To: 1, Users: map[tailcfg.UserID]*db.User{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var took []time.Duration
+	r := &Replica{published: make(chan struct{}), announced: make(chan struct{}), told: first}
+	r.cfg.FanOut = func(d time.Duration) { took = append(took, d) }
+	r.cur.Store(first)
+	first.Delivered() // its sessions began with it
+	step := func() *Snapshot {
+		prev := r.Current()
+		s, err := Build(prev, &db.Batch{From: prev.rev, To: prev.rev + 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.publish(prev, s)
+		r.announce()
+		return s
+	}
+	s := step()
+	s.Delivered()
+	early := s.spread.Load()
+	s.announced = s.announced.Add(-time.Second)
+	s.Delivered()
+	s.announced = s.announced.Add(time.Second)
+	s.Delivered() // takes nothing back
+	if late := s.spread.Load(); early <= 0 || late < int64(time.Second) {
+		t.Errorf("the first delivery took %d ns, the latest %d", early, late)
+	}
+	if len(took) != 0 {
+		t.Errorf("told before the end: %v", took)
+	}
+	step() // nobody has to write for this one
+	step().Delivered()
+	r.announce() // of nothing new
+	if len(took) != 1 || took[0] < time.Second {
+		t.Errorf("fan-outs took %v, want the one of over a second", took)
+	}
+	step()
+	if len(took) != 2 {
+		t.Errorf("fan-outs took %v, want two", took)
+	}
 }

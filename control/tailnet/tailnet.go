@@ -13,10 +13,13 @@ package tailnet
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -70,7 +73,8 @@ func (n *Node) Dead() bool { return n.Expired || n.LoggedOut }
 // Routes are the approved routes that the node advertises now.
 func (n *Node) Routes() []netip.Prefix { return effectiveRoutes(n.Node) }
 
-// A Snapshot is a tailnet at one Revision. Nothing reachable from it changes, apart from caches.
+// A Snapshot is a tailnet at one Revision. Nothing reachable from it changes, apart from caches and what is
+// measured of its delivery.
 type Snapshot struct {
 	rev    db.Revision
 	layout uint64 // slots of two snapshots are comparable when their layouts are equal
@@ -86,6 +90,9 @@ type Snapshot struct {
 	derp     *tailcfg.DERPMap
 	seen     Bits // slots that peers may be told of
 	tiles    []*Tile
+
+	announced time.Time    // when sessions were first told of it; set before any is, zero for the first snapshot of all
+	spread    atomic.Int64 // nanoseconds from then until the latest session was done with it
 
 	mu      sync.Mutex // guards the following fields, which are caches
 	deltas  map[*Snapshot]*Delta
@@ -117,6 +124,23 @@ const TileNodes = 64
 type Tile struct {
 	Index int
 	Memo  sync.Map // for netmap
+}
+
+// Delivered takes note that a session has written what leads to s, which it was told by Replica.News.
+func (s *Snapshot) Delivered() {
+	if s.announced.IsZero() {
+		return
+	}
+	took := int64(time.Since(s.announced))
+	for was := s.spread.Load(); took > was && !s.spread.CompareAndSwap(was, took); was = s.spread.Load() {
+	}
+}
+
+// Deltas lists the kept ways that lead to s, in no order.
+func (s *Snapshot) Deltas() []*Delta {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.deltas))
 }
 
 // Revision is the last revision that the snapshot includes.

@@ -19,7 +19,7 @@ var system = db.Actor{Kind: "system", Name: "serve"}
 
 // database translates the configuration's part on storage.
 func (s *server) database() (db.Config, error) {
-	c := db.Config{Driver: db.DriverSQLite, Path: s.cfg.Database.SQLite.Path, Version: Version(), Log: s.log}
+	c := db.Config{Driver: db.DriverSQLite, Path: s.cfg.Database.SQLite.Path, Version: Version(), Log: s.log, OnCommit: s.times.committed}
 	if s.cfg.Database.Type == "postgres" {
 		c.Driver, c.PostgresDSN = db.DriverPostgres, postgresDSN(&s.cfg.Database.Postgres)
 	}

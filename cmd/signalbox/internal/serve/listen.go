@@ -22,6 +22,7 @@ func (s *server) buildDoors() error {
 	s.guard = listener.NewGuard(listener.GuardConfig{})
 	api := s.api()
 	main := s.mainHandler(api)
+	debug := s.debugHandler()
 	tlsConf, http01, err := s.tlsConfig()
 	if err != nil {
 		return err
@@ -36,11 +37,11 @@ func (s *server) buildDoors() error {
 	if s.cfg.MetricsListenAddr != "" {
 		// The default port is a popular one. Only who asked for it wants to hear that it is taken before anything works.
 		list = append(list, listener.Config{
-			Name: "metrics_listen_addr", Addr: s.cfg.MetricsListenAddr, Handler: s.debugHandler(), Optional: !s.cfg.IsSet("metrics_listen_addr"),
+			Name: "metrics_listen_addr", Addr: s.cfg.MetricsListenAddr, Handler: debug, Optional: !s.cfg.IsSet("metrics_listen_addr"),
 		})
 	}
 	list = append(list, listener.Config{
-		Name: "unix_socket", Unix: s.cfg.UnixSocket, UnixMode: s.cfg.UnixSocketPermission, Handler: s.local(api),
+		Name: "unix_socket", Unix: s.cfg.UnixSocket, UnixMode: s.cfg.UnixSocketPermission, Handler: s.local(api, debug),
 	})
 	for _, c := range list {
 		c.Log = s.log
@@ -141,7 +142,7 @@ func (s *server) mainHandler(api http.Handler) http.Handler {
 }
 
 // local is the handler of the unix socket: whoever can open it is an administrator.
-func (s *server) local(api http.Handler) http.Handler {
+func (s *server) local(api, debug http.Handler) http.Handler {
 	rest := pages.New(pages.Config{Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, ServerURL: s.cfg.ServerURL, Build: build(), Checks: s.checks(), Log: s.log})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		uid := -1
@@ -149,8 +150,12 @@ func (s *server) local(api http.Handler) http.Handler {
 			uid = int(u)
 		}
 		r = r.WithContext(auth.Local(r.Context(), uid))
-		if strings.HasPrefix(r.URL.Path, "/api/") {
+		switch {
+		case strings.HasPrefix(r.URL.Path, "/api/"):
 			api.ServeHTTP(w, r)
+			return
+		case r.URL.Path == "/metrics", strings.HasPrefix(r.URL.Path, "/debug/"):
+			debug.ServeHTTP(w, r)
 			return
 		}
 		rest.ServeHTTP(w, r)

@@ -52,6 +52,7 @@ type server struct {
 	certs   *listener.CertFiles // nil without certificate files
 	doors   []*listener.Server
 	files   []*follower
+	times   *times // nil: nothing is timed
 }
 
 // exitDamaged is the exit code of a start that found the database damaged.
@@ -64,7 +65,7 @@ func (d damaged) Unwrap() error { return d.error }
 
 // Run serves until ctx ends. The line for joining a device goes to stdout, the log to stderr.
 func Run(ctx context.Context, cfg *config.Config, stdout, stderr io.Writer) error {
-	s := &server{cfg: cfg, log: newLog(cfg.Log, stderr), started: time.Now()}
+	s := &server{cfg: cfg, log: newLog(cfg.Log, stderr), started: time.Now(), times: newTimes()}
 	netmap.Frames.SetLimit(int64(cfg.FrameCacheMiB) << 20)
 	for _, w := range cfg.Warnings {
 		s.log.Warn(w)
@@ -134,7 +135,7 @@ func (s *server) build(ctx context.Context) error {
 		return err
 	}
 	var err error
-	s.replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.store, Tailnet: s.tailnet, Log: s.log, Gap: s.gap})
+	s.replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.store, Tailnet: s.tailnet, Log: s.log, Gap: s.gap, FanOut: s.times.fannedOut})
 	if err != nil {
 		return err
 	}
