@@ -337,13 +337,11 @@ func (s *Server) serveOnce(w http.ResponseWriter, r *http.Request, n *tailnet.No
 		return
 	}
 	defer s.leaveOnce(n.ID)
-	weight := s.weight()
-	if s.gate.Acquire(r.Context(), weight) != nil {
+	leave, err := s.admit(r.Context())
+	if err != nil {
 		return
 	}
-	leave := sync.OnceFunc(func() { s.gate.Release(weight) })
 	defer leave()
-	defer time.AfterFunc(gateTime, leave).Stop()
 	raw := req.Compress == ""
 	snap := s.cfg.Replica.Current()
 	if n = snap.Node(n.ID); n == nil {
@@ -376,9 +374,4 @@ func (s *Server) leaveOnce(id tailcfg.NodeID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.attend(id).once = false
-}
-
-// weight estimates a full map's bytes for the gate.
-func (s *Server) weight() int64 {
-	return min(int64(len(s.cfg.Replica.Current().Nodes()))*bytesPerPeer+8192, s.cfg.InFlight)
 }

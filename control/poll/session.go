@@ -305,21 +305,11 @@ const gateTime = time.Second
 // full sends the first map. A gate on the bytes under way keeps a storm of reconnects from filling the memory.
 func (x *Session) full(ctx context.Context) error {
 	s := x.srv
-	weight := s.weight()
-	s.Waiting.Add(1)
-	err := s.gate.Acquire(ctx, weight)
-	s.Waiting.Add(-1)
+	leave, err := s.admit(ctx)
 	if err != nil {
 		return err
 	}
-	// Its place is for the work of making and handing over the map. A reader behind a slow link takes longer, and must not hold up the rest.
-	s.InFlight.Add(weight)
-	leave := sync.OnceFunc(func() {
-		s.InFlight.Add(-weight)
-		s.gate.Release(weight)
-	})
 	defer leave()
-	defer time.AfterFunc(gateTime, leave).Stop()
 	snap := s.cfg.Replica.Current()
 	n := snap.Node(x.node)
 	if n == nil || n.NodeKey != x.key {
@@ -329,6 +319,28 @@ func (x *Session) full(ctx context.Context) error {
 	s.FullMaps.Add(1)
 	x.moved(snap)
 	return x.write(netmap.Pieces(m, x.raw))
+}
+
+// admit waits at the gate for a place in which to make and hand over a full map, and takes it. A reader behind a slow link takes longer than the
+// place lasts, and must not hold up the rest.
+func (s *Server) admit(ctx context.Context) (leave func(), err error) {
+	weight := min(int64(len(s.cfg.Replica.Current().Nodes()))*bytesPerPeer+8192, s.cfg.InFlight)
+	s.Waiting.Add(1)
+	err = s.gate.Acquire(ctx, weight)
+	s.Waiting.Add(-1)
+	if err != nil {
+		return nil, err
+	}
+	s.InFlight.Add(weight)
+	release := sync.OnceFunc(func() {
+		s.InFlight.Add(-weight)
+		s.gate.Release(weight)
+	})
+	t := time.AfterFunc(gateTime, release)
+	return func() {
+		t.Stop()
+		release()
+	}, nil
 }
 
 func (x *Session) moved(s *tailnet.Snapshot) {
