@@ -35,6 +35,7 @@ func (s *server) debugHandler() http.Handler {
 		inside.HandleFunc("GET "+p.path, p.serve)
 	}
 	inside.HandleFunc("GET /debug/{$}", s.debugIndex)
+	inside.HandleFunc("POST /debug/trim", trim)
 	inside.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
 	inside.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	inside.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
