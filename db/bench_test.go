@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
@@ -20,7 +21,12 @@ import (
 // benchSite is a SQLite database with so many nodes.
 func benchSite(b *testing.B, nodes int) (*site, []tailcfg.NodeID) {
 	b.Helper()
-	store, err := db.Open(b.Context(), db.Config{Path: filepath.Join(b.TempDir(), "bench.db")})
+	return benchSiteAt(b, db.Config{Path: filepath.Join(b.TempDir(), "bench.db")}, nodes)
+}
+
+func benchSiteAt(b *testing.B, c db.Config, nodes int) (*site, []tailcfg.NodeID) {
+	b.Helper()
+	store, err := db.Open(b.Context(), c)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -163,6 +169,46 @@ func BenchmarkPutNodeStates(b *testing.B) {
 			done()
 		})
 	}
+}
+
+// BenchmarkPostgresTwoServers writes reports of 50 nodes a transaction from two
+// servers at once, to the empty database that SIGNALBOX_BENCH_POSTGRES names:
+// the server of the tests keeps its files in memory, and here the disk counts.
+func BenchmarkPostgresTwoServers(b *testing.B) {
+	dsn := os.Getenv("SIGNALBOX_BENCH_POSTGRES")
+	if dsn == "" {
+		b.Skip("SIGNALBOX_BENCH_POSTGRES is not set")
+	}
+	c := db.Config{Driver: db.DriverPostgres, PostgresDSN: dsn, WriteTimeout: time.Minute} // the nodes are made a thousand at a time
+	s, ids := benchSiteAt(b, c, 10_000)
+	other, err := db.Open(b.Context(), c)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { other.Close() })
+	const batch = 50
+	stores := []*db.Store{s.Store, other}
+	b.Run("50", func(b *testing.B) {
+		var writers atomic.Int64
+		done := cpu(b, 1)
+		b.RunParallel(func(p *testing.PB) {
+			n := int(writers.Add(1))
+			states := map[tailcfg.NodeID]db.NodeState{}
+			for i := range batch {
+				states[ids[(n*batch+i)%len(ids)]] = benchState(i)
+			}
+			for p.Next() {
+				_, err := stores[n%2].Update(b.Context(), s.tailnet, admin, func(tx *db.Tx) error { return tx.PutNodeStates(states) })
+				if err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+		done()
+		b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "tx/s")
+		b.ReportMetric(batch*float64(b.N)/b.Elapsed().Seconds(), "rows/s")
+	})
 }
 
 func BenchmarkFollow50(b *testing.B) {
