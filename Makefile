@@ -48,3 +48,8 @@ check: ## format, vet, staticcheck and the race detector
 .PHONY: bench
 bench: ## run the benchmarks
 	$(GO) test -run '^$$' -bench . -benchmem $(PACKAGES)
+
+.PHONY: series
+series: ## measure the figures and plots of docs/load.md (25 minutes on a quiet machine; may be stopped and run again)
+	$(GO) build -trimpath -buildvcs=false -o bin/ ./cmd/signalbox ./integration/load
+	bin/load series --bin bin/signalbox --commit "$$(git rev-parse --short=12 HEAD)" --json docs/plots/figures.jsonl --docs docs

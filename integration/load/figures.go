@@ -2,19 +2,23 @@ package main
 
 import (
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 )
 
 // figures are the results of one run. Durations are in milliseconds or seconds
-// as named, sizes in bytes.
+// as named, sizes in bytes. Over several runs the median counts, or what the
+// tag runs says: what must not be hidden by two good runs of three.
 type figures struct {
 	Run      string   `json:"run"`
 	Command  string   `json:"command"`
 	Scenario string   `json:"scenario"`
 	Nodes    int      `json:"nodes"`
-	Sample   int      `json:"sample"` // clients that decode their maps
-	Peers    float64  `json:"peers"`  // that the average client may see
-	IdleRSS  int64    `json:"idleRss"`
+	Sample   int      `json:"sample"`  // clients that decode their maps
+	Peers    float64  `json:"peers"`   // that the average client may see
+	IdleRSS  int64    `json:"idleRss"` // of the server before the first client, trimmed
 	IdleLive int64    `json:"idleLive"`
 	Join     *joining `json:"join,omitempty"`
 	Change   *change  `json:"change,omitempty"`
@@ -23,28 +27,30 @@ type figures struct {
 	Policy   *edit    `json:"policy,omitempty"`
 	Restart  *restart `json:"restart,omitempty"`
 	Steady   *steady  `json:"steady,omitempty"`
+	Empty    *empty   `json:"empty,omitempty"`
 
 	Faults     map[string]kind `json:"faults"`
 	Warnings   map[string]kind `json:"warnings"`
-	Complaints int             `json:"serverComplaints"` // warnings and errors in the server's log
+	Complaints int             `json:"serverComplaints" runs:"max"` // warnings and errors in the server's log
 }
 
 type joining struct {
-	Joined      int     `json:"joined"`
+	Joined      int     `json:"joined" runs:"min"`
 	PerSecond   float64 `json:"perSecond"`
 	RegisterP50 float64 `json:"registerP50Ms"`
 	RegisterP99 float64 `json:"registerP99Ms"`
 	JoinP50     float64 `json:"joinP50Ms"`
 	JoinP99     float64 `json:"joinP99Ms"`
-	Converged   float64 `json:"convergedS"` // from the first dial to the last view right; 0 = not in time
-	Wrong       int     `json:"wrong"`      // views not right when time was up
+	Converged   float64 `json:"convergedS"`       // from the first dial to the last view right; 0 = not in time
+	Wrong       int     `json:"wrong" runs:"max"` // views not right when time was up
 	ServerCPU   float64 `json:"serverCpuS"`
 	LoadCPU     float64 `json:"loadCpuS"`
 	PeakRSS     int64   `json:"peakRss"`
 	Goroutines  int     `json:"goroutines"`
 	BytesClient int64   `json:"bytesClient"`
 	Frames      int64   `json:"frames"`
-	Broken      int     `json:"broken"`
+	Broken      int     `json:"broken" runs:"max"`
+	Revisions   int     `json:"revisions"` // database writes: transactions, or their equals in a shared one
 }
 
 type change struct {
@@ -55,21 +61,23 @@ type change struct {
 	AckP50      float64 `json:"ackP50Ms"`
 	CPU         float64 `json:"cpuMsChange"`
 	BytesClient float64 `json:"bytesClientChange"`
-	Missing     int     `json:"missing"` // deliveries that did not come in time
+	Missing     int     `json:"missing" runs:"max"` // deliveries that did not come in time
+	Revisions   int     `json:"revisions"`
 }
 
 type burst struct {
 	Changes   int     `json:"changes"`
 	AllSeen   float64 `json:"allSeenS"`
 	ServerCPU float64 `json:"serverCpuS"`
-	Missing   int     `json:"missing"`
+	Missing   int     `json:"missing" runs:"max"`
+	Revisions int     `json:"revisions"`
 }
 
 type outage struct {
 	Offline        float64 `json:"offlineMaxS"`
 	Online         float64 `json:"onlineMaxS"`
-	OfflineMissing int     `json:"offlineMissing"`
-	OnlineMissing  int     `json:"onlineMissing"`
+	OfflineMissing int     `json:"offlineMissing" runs:"max"`
+	OnlineMissing  int     `json:"onlineMissing" runs:"max"`
 }
 
 type edit struct {
@@ -80,7 +88,7 @@ type edit struct {
 	Ack         float64 `json:"ackS"`
 	CPU         float64 `json:"cpuSEdit"`
 	BytesClient float64 `json:"bytesClientEdit"`
-	Missing     int     `json:"missing"`
+	Missing     int     `json:"missing" runs:"max"`
 }
 
 type restart struct {
@@ -88,95 +96,47 @@ type restart struct {
 	FirstMapP50 float64 `json:"firstMapP50S"`
 	FirstMapMax float64 `json:"firstMapMaxS"`
 	AllRight    float64 `json:"allRightS"` // 0 = not in time
-	Wrong       int     `json:"wrong"`
+	Wrong       int     `json:"wrong" runs:"max"`
 	ServerCPU   float64 `json:"serverCpuS"`
 	LoadCPU     float64 `json:"loadCpuS"`
 	PeakRSS     int64   `json:"peakRss"`
 	BytesClient int64   `json:"bytesClient"`
 	Frames      int64   `json:"frames"`
-	Broken      int     `json:"broken"`
-	WentOffline int     `json:"wentOffline"` // nodes some viewer was told are offline
+	Broken      int     `json:"broken" runs:"max"`
+	WentOffline int     `json:"wentOffline" runs:"max"` // nodes some viewer was told are offline
+	Revisions   int     `json:"revisions"`
 }
 
 type steady struct {
 	Wall       float64 `json:"wallS"`
 	ServerCPU  float64 `json:"serverCpuS"`
 	RSS        int64   `json:"rss"`
-	RSSClient  int64   `json:"rssClient"`  // above the idle server, a client
-	LiveClient int64   `json:"liveClient"` // the same of heap and stacks in use after a collection
-	Goroutines int     `json:"goroutines"`
+	TrimmedRSS int64   `json:"trimmedRss"` // after a collection, free memory given back; 0 = the server cannot be asked
+	// A client's share of what is above the idle server.
+	RSSClient     int64 `json:"rssClient"`
+	TrimmedClient int64 `json:"trimmedClient"`
+	LiveClient    int64 `json:"liveClient"` // heap and stacks in use after a collection
+	Goroutines    int   `json:"goroutines"`
+}
+
+// empty is a server that knows all nodes and holds no session.
+type empty struct {
+	Listening  float64 `json:"listeningS"`
+	TrimmedRSS int64   `json:"trimmedRss"`
+}
+
+// wrong says what was not right, in one line; "" for a good run.
+func (f *figures) wrong() string {
+	var out []string
+	if j := f.Join; j == nil || j.Joined < f.Nodes {
+		out = append(out, "not all joined")
+	} else if j.Wrong > 0 {
+		out = append(out, fmt.Sprintf("%d views not right in time after the joins", j.Wrong))
+	}
+	for _, name := range slices.Sorted(maps.Keys(f.Faults)) {
+		out = append(out, fmt.Sprintf("%s: %d", name, f.Faults[name].Count))
+	}
+	return strings.Join(out, "; ")
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
-
-func size(n int64) string {
-	switch {
-	case n < 10_000:
-		return fmt.Sprintf("%d B", n)
-	case n < 10_000_000:
-		return fmt.Sprintf("%.0f KB", float64(n)/1000)
-	}
-	return fmt.Sprintf("%.1f MB", float64(n)/1e6)
-}
-
-func mib(n int64) string { return fmt.Sprintf("%.0f", float64(n)/(1<<20)) }
-
-// inTime renders seconds, of which 0 means that the time did not suffice.
-func inTime(s float64, wrong int) string {
-	if wrong > 0 {
-		return fmt.Sprintf("not in time (%d wrong)", wrong)
-	}
-	return fmt.Sprintf("%.2f", s)
-}
-
-func missed(n int) string {
-	if n == 0 {
-		return ""
-	}
-	return fmt.Sprintf(" (%d missing)", n)
-}
-
-// tables renders the figures as the rows of Markdown tables.
-func (f *figures) tables() string {
-	out := fmt.Sprintf("# %s: %d nodes, %.0f peers each, %d views checked; idle server %s MiB\n", f.Run, f.Nodes, f.Peers, f.Sample, mib(f.IdleRSS))
-	if j := f.Join; j != nil {
-		out += "\n| Run | joined | joins/s | register p50/p99 ms | join p50/p99 ms | conv s | server CPU s (a join) | load CPU s | peak RSS MiB | goroutines | B to a client | sessions broken |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
-		out += fmt.Sprintf("| %s | %d/%d | %.1f | %.0f / %.0f | %.0f / %.0f | %s | %.2f (%.1f ms) | %.1f | %s | %d | %s | %d |\n",
-			f.Run, j.Joined, f.Nodes, j.PerSecond, j.RegisterP50, j.RegisterP99, j.JoinP50, j.JoinP99, inTime(j.Converged, j.Wrong),
-			j.ServerCPU, 1000*j.ServerCPU/float64(max(1, j.Joined)), j.LoadCPU, mib(j.PeakRSS), j.Goroutines, size(j.BytesClient), j.Broken)
-	}
-	if f.Change != nil || f.Burst != nil || f.Presence != nil || f.Policy != nil {
-		out += f.changeTable()
-	}
-	if r := f.Restart; r != nil {
-		out += "\n| Run | listening s | first map p50 / max s | all right s | server CPU s | load CPU s | peak RSS MiB | B a client | map frames | sessions broken | told offline |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
-		out += fmt.Sprintf("| %s | %.2f | %.2f / %.2f | %s | %.2f | %.1f | %s | %s | %d | %d | %d |\n", f.Run, r.Listening, r.FirstMapP50, r.FirstMapMax,
-			inTime(r.AllRight, r.Wrong), r.ServerCPU, r.LoadCPU, mib(r.PeakRSS), size(r.BytesClient), r.Frames, r.Broken, r.WentOffline)
-	}
-	if s := f.Steady; s != nil {
-		out += "\n| Run | wall s | server CPU s (of a core) | RSS MiB | RSS a client | live a client | goroutines |\n|---|---|---|---|---|---|---|\n"
-		out += fmt.Sprintf("| %s | %.1f | %.3f (%.2f %%) | %s | %s | %s | %d |\n", f.Run, s.Wall, s.ServerCPU, 100*s.ServerCPU/s.Wall, mib(s.RSS), size(s.RSSClient), size(s.LiveClient), s.Goroutines)
-	}
-	return out
-}
-
-func (f *figures) changeTable() string {
-	single, ack, cpu, bytes, all, presence := "-", "-", "-", "-", "-", "-"
-	policy, policyCPU, policyBytes := "-", "-", "-"
-	if c := f.Change; c != nil {
-		single = fmt.Sprintf("%.0f / %.0f / %.0f%s", c.P50, c.P99, c.Max, missed(c.Missing))
-		ack, cpu, bytes = fmt.Sprintf("%.1f", c.AckP50), fmt.Sprintf("%.1f", c.CPU), fmt.Sprintf("%.0f B", c.BytesClient)
-	}
-	if b := f.Burst; b != nil {
-		all = fmt.Sprintf("%d: %.3f, %.3f%s", b.Changes, b.AllSeen, b.ServerCPU, missed(b.Missing))
-	}
-	if p := f.Presence; p != nil {
-		presence = fmt.Sprintf("%.2f%s / %.2f%s", p.Offline, missed(p.OfflineMissing), p.Online, missed(p.OnlineMissing))
-	}
-	if e := f.Policy; e != nil {
-		policy = fmt.Sprintf("%.3f / %.3f%s (%d viewers)", e.P50, e.Last, missed(e.Missing), e.Viewers)
-		policyCPU, policyBytes = fmt.Sprintf("%.3f", e.CPU), fmt.Sprintf("%.0f B", e.BytesClient)
-	}
-	return "\n| Run | 1 change p50 / p99 / max ms | ack p50 ms | CPU ms a change | B a client a change | changes at once: all seen s, CPU s | offline / online max s | policy p50 / last s | policy CPU s | policy B a client |\n|---|---|---|---|---|---|---|---|---|---|\n" +
-		fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |\n", f.Run, single, ack, cpu, bytes, all, presence, policy, policyCPU, policyBytes)
-}

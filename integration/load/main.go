@@ -14,6 +14,9 @@
 // It starts the server itself, in a directory of its own, or is pointed at a
 // running one by --server, --key and --pid. It exits with status 1 when a view
 // is wrong, the server broke a session or refused a client.
+//
+// The verbs series, tables, plot, paper and docs measure a list of runs into a
+// file, and make tables, plots and an estimate for more nodes from that file.
 package main
 
 import (
@@ -22,6 +25,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -50,12 +54,9 @@ func (l *list) String() string     { return strings.Join(*l, " ") }
 func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
 func main() {
-	o := parseFlags()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, o.timeout)
-	defer cancel()
-	ok, err := o.run(ctx)
+	ok, err := command(ctx, os.Args[1:])
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "load:", err)
 		os.Exit(2)
@@ -65,40 +66,65 @@ func main() {
 	}
 }
 
-func parseFlags() *options {
-	o := new(options)
-	flag.IntVar(&o.nodes, "nodes", 200, "number of clients")
-	flag.IntVar(&o.sample, "sample", 0, "decode and check only the maps of this many clients (0 = all); the others read small messages only")
-	flag.IntVar(&o.hold, "hold", 0, "short for --nodes N --sample 50 --phases join,change,steady")
-	flag.IntVar(&o.window, "window", 0, "joins under way at once (0 = 32, and 128 from 2000 nodes on)")
-	flag.IntVar(&o.sources, "sources", 1, "loopback addresses to connect from, 127.0.0.1 and up; each has some 28,000 ports")
-	flag.StringVar(&o.scenario, "scenario", "allow-all", "policy: allow-all, acls (60 rules, 20 groups, 30 tags) or self (autogroup:self, 20 users)")
-	flag.StringVar(&o.phases, "phases", "join,change,burst,presence,policy,steady,restart", "phases to run after join")
-	flag.StringVar(&o.name, "name", "", "name of the run in the tables")
-	flag.StringVar(&o.binary, "bin", "signalbox", "the server to start")
-	flag.StringVar(&o.dir, "dir", "", "directory for the server's data and log (default: a temporary one, removed at the end)")
-	flag.StringVar(&o.config, "config", "", "configuration file for the server")
-	flag.Var(&o.env, "env", "NAME=VALUE for the server's environment; may be repeated")
-	flag.StringVar(&o.serverURL, "server", "", "measure this running server (http://HOST:PORT) instead of starting one")
-	flag.StringVar(&o.key, "key", "", "with --server: reusable auth key that all clients join with (scenario allow-all only)")
-	flag.StringVar(&o.apiKey, "api-key", "", "with --server: API key; makes users and auth keys, and sets the policy")
-	flag.IntVar(&o.pid, "pid", 0, "with --server: its process, for CPU and memory figures")
-	flag.StringVar(&o.metrics, "metrics", "", "with --server: host:port of its metrics listener")
-	flag.StringVar(&o.profile, "profile", "", "directory for CPU profiles of join and restart, and a heap profile")
-	flag.StringVar(&o.jsonPath, "json", "", "write the figures as JSON to this file (- = standard output, instead of the tables)")
-	flag.IntVar(&o.derp, "derp", 999, "home DERP region that the clients report")
-	flag.IntVar(&o.changes, "changes", 20, "single endpoint changes")
-	flag.IntVar(&o.edits, "edits", 3, "policy edits")
-	flag.DurationVar(&o.steady, "steady", 10*time.Second, "length of the steady phase")
-	flag.DurationVar(&o.timeout, "timeout", 15*time.Minute, "end of everything")
-	flag.DurationVar(&o.phaseTimeout, "phase-timeout", 5*time.Minute, "end of one phase")
-	flag.BoolVar(&o.keep, "keep", false, "keep the temporary directory")
-	flag.Parse()
-	if flag.NArg() > 0 {
-		fmt.Fprintf(os.Stderr, "load: unexpected argument %q\n", flag.Arg(0))
-		os.Exit(2)
+// command runs a verb, or without one a single run. It returns false when the
+// server did something wrong.
+func command(ctx context.Context, args []string) (ok bool, err error) {
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		verb := verbs[args[0]]
+		if verb == nil {
+			return false, fmt.Errorf("verb %q: want series, tables, plot, paper, docs or none", args[0])
+		}
+		return verb(ctx, args[1:])
 	}
-	return o
+	o, err := parse(args, flag.ExitOnError)
+	if err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
+	defer cancel()
+	return o.run(ctx)
+}
+
+// parse reads and checks the flags of one run.
+func parse(args []string, handling flag.ErrorHandling) (*options, error) {
+	o := new(options)
+	set := flag.NewFlagSet("load", handling)
+	set.IntVar(&o.nodes, "nodes", 200, "number of clients")
+	set.IntVar(&o.sample, "sample", 0, "decode and check only the maps of this many clients (0 = all); the others read small messages only")
+	set.IntVar(&o.hold, "hold", 0, "short for --nodes N --sample 50 --phases join,change,steady")
+	set.IntVar(&o.window, "window", 0, "joins under way at once (0 = 32, and 128 from 2000 nodes on)")
+	set.IntVar(&o.sources, "sources", 1, "loopback addresses to connect from, 127.0.0.1 and up; each has some 28,000 ports")
+	set.StringVar(&o.scenario, "scenario", "allow-all", "policy: allow-all, acls (60 rules, 20 groups, 30 tags) or self (autogroup:self, 20 users)")
+	set.StringVar(&o.phases, "phases", "join,change,burst,presence,policy,steady,restart,empty", "phases to run after join")
+	set.StringVar(&o.name, "name", "", "name of the run in the tables")
+	set.StringVar(&o.binary, "bin", "signalbox", "the server to start")
+	set.StringVar(&o.dir, "dir", "", "directory for the server's data and log (default: a temporary one, removed at the end)")
+	set.StringVar(&o.config, "config", "", "configuration file for the server")
+	set.Var(&o.env, "env", "NAME=VALUE for the server's environment; may be repeated")
+	set.StringVar(&o.serverURL, "server", "", "measure this running server (http://HOST:PORT) instead of starting one")
+	set.StringVar(&o.key, "key", "", "with --server: reusable auth key that all clients join with (scenario allow-all only)")
+	set.StringVar(&o.apiKey, "api-key", "", "with --server: API key; makes users and auth keys, and sets the policy")
+	set.IntVar(&o.pid, "pid", 0, "with --server: its process, for CPU and memory figures")
+	set.StringVar(&o.metrics, "metrics", "", "with --server: host:port of its metrics listener")
+	set.StringVar(&o.profile, "profile", "", "directory for CPU profiles of join and restart, and a heap profile")
+	set.StringVar(&o.jsonPath, "json", "", "write the figures as JSON to this file (- = standard output, instead of the tables)")
+	set.IntVar(&o.derp, "derp", 999, "home DERP region that the clients report")
+	set.IntVar(&o.changes, "changes", 20, "single endpoint changes")
+	set.IntVar(&o.edits, "edits", 3, "policy edits")
+	set.DurationVar(&o.steady, "steady", 10*time.Second, "length of the steady phase")
+	set.DurationVar(&o.timeout, "timeout", 15*time.Minute, "end of everything")
+	set.DurationVar(&o.phaseTimeout, "phase-timeout", 5*time.Minute, "end of one phase")
+	set.BoolVar(&o.keep, "keep", false, "keep the temporary directory")
+	if handling == flag.ContinueOnError {
+		set.SetOutput(io.Discard) // the caller shows the error
+	}
+	if err := set.Parse(args); err != nil {
+		return nil, err
+	}
+	if set.NArg() > 0 {
+		return nil, fmt.Errorf("unexpected argument %q", set.Arg(0))
+	}
+	return o, o.normalise()
 }
 
 func (o *options) normalise() error {
@@ -125,7 +151,7 @@ func (o *options) normalise() error {
 	if o.name == "" {
 		o.name = fmt.Sprintf("%s %d", o.scenario, o.nodes)
 	}
-	known := []string{"join", "change", "burst", "presence", "policy", "steady", "restart"}
+	known := []string{"join", "change", "burst", "presence", "policy", "steady", "restart", "empty"}
 	for _, p := range o.list() {
 		if !slices.Contains(known, p) {
 			return fmt.Errorf("phase %q: want some of %s", p, strings.Join(known, ", "))
@@ -149,9 +175,6 @@ func (o *options) has(phase string) bool { return slices.Contains(o.list(), phas
 
 // run returns false when the server did something wrong.
 func (o *options) run(ctx context.Context) (bool, error) {
-	if err := o.normalise(); err != nil {
-		return false, err
-	}
 	if err := raiseFileLimit(o.nodes); err != nil {
 		return false, err
 	}
@@ -170,10 +193,10 @@ func (o *options) run(ctx context.Context) (bool, error) {
 	}
 	defer s.kill()
 	defer r.fleet.close()
-	if err := o.measure(ctx, r); err != nil {
-		return false, err
-	}
-	return o.report(r)
+	// Figures of a run that did not come to its end are figures too.
+	failed := o.measure(ctx, r)
+	ok, err := o.report(r)
+	return ok, errors.Join(failed, err)
 }
 
 // prepare describes the server; cleanup removes what it leaves.
@@ -246,9 +269,16 @@ func (o *options) begin(ctx context.Context, s *server, sc *scenario) (*run, err
 	for _, row := range r.fleet.sees {
 		r.figures.Peers += float64(row.count()) / float64(o.nodes)
 	}
-	// A collection first: what the start left behind is not the idle server's.
-	r.figures.IdleLive = s.live(ctx)
+	if r.figures.Peers == 0 {
+		r.fleet.close()
+		return fail(fmt.Errorf("%s with %d nodes: nobody sees anybody, want more nodes", o.scenario, o.nodes))
+	}
+	// What the start left behind is not the idle server's.
+	if s.trim(ctx) != nil {
+		s.live(ctx) // a server that cannot be trimmed: at least without garbage
+	}
 	r.figures.IdleRSS, _ = memory(s.pid)
+	r.figures.IdleLive = s.live(ctx)
 	return r, nil
 }
 
@@ -282,6 +312,11 @@ func (o *options) measure(ctx context.Context, r *run) error {
 		}
 		stopProfile()
 	}
+	if o.has("empty") && r.server.binary != "" {
+		if err := r.empty(ctx); err != nil {
+			return fmt.Errorf("start without clients: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -311,11 +346,10 @@ func (o *options) report(r *run) (ok bool, err error) {
 		}
 	}
 	if o.jsonPath != "-" {
-		fmt.Print(f.tables())
+		fmt.Printf("# %s: %d nodes, %.0f peers each, %d views checked; idle server %s MiB\n%s", f.Run, f.Nodes, f.Peers, f.Sample, mib(f.IdleRSS), tables([]row{{f: f, runs: 1}}))
 	}
-	joined := f.Join.Joined == f.Nodes && f.Join.Wrong == 0
 	if o.keep {
 		r.log("data and log in %s", o.dir)
 	}
-	return joined && r.fleet.faults.total() == 0, nil
+	return f.wrong() == "", nil
 }

@@ -52,6 +52,7 @@ func (r *run) join(ctx context.Context) {
 	defer cancel()
 	f, j := r.fleet, new(joining)
 	r.figures.Join = j
+	revision := r.server.revision(ctx)
 	before := r.usage()
 	var mu sync.Mutex
 	var registers, joins []time.Duration
@@ -94,7 +95,7 @@ func (r *run) join(ctx context.Context) {
 	}
 	j.ServerCPU, j.LoadCPU = (after.server - before.server).Seconds(), (after.load - before.load).Seconds()
 	_, j.PeakRSS = memory(r.server.pid)
-	j.Goroutines = r.server.goroutines(ctx)
+	j.Goroutines, j.Revisions = r.server.goroutines(ctx), r.server.revision(ctx)-revision
 	j.BytesClient = (after.in - before.in) / int64(len(f.clients))
 	j.Frames, j.Broken = after.frames-before.frames, after.broken-before.broken
 	r.check("join")
@@ -162,7 +163,9 @@ func (r *run) change(ctx context.Context, n int) {
 	var delays, acks []time.Duration
 	var cpu time.Duration
 	var in int64
-	for _, c := range r.subjects(n) {
+	revision := r.server.revision(ctx)
+	chosen := r.subjects(n)
+	for _, c := range chosen {
 		if ctx.Err() != nil {
 			break
 		}
@@ -180,6 +183,10 @@ func (r *run) change(ctx context.Context, n int) {
 		delays, acks = append(delays, seen...), append(acks, ack)
 		cpu, in = cpu+after.server-before.server, in+after.in-before.in
 		out.Changes, out.Missing = out.Changes+1, out.Missing+missing
+	}
+	out.Revisions = r.server.revision(ctx) - revision
+	if out.Changes < len(chosen) {
+		f.faults.add("time is up", "%d of %d changes were made", out.Changes, len(chosen))
 	}
 	slices.Sort(delays)
 	slices.Sort(acks)
@@ -207,6 +214,7 @@ func (r *run) burst(ctx context.Context, n int) {
 	r.figures.Burst = out
 	chosen := r.subjects(n)
 	watches := make([]*watch, len(chosen))
+	revision := r.server.revision(ctx)
 	before := r.usage()
 	var moves sync.WaitGroup
 	for i, c := range chosen {
@@ -226,6 +234,7 @@ func (r *run) burst(ctx context.Context, n int) {
 	out.Changes, out.AllSeen = len(chosen), last.Sub(before.at).Seconds()
 	pause(ctx, 100*time.Millisecond)
 	out.ServerCPU = (r.usage().server - before.server).Seconds()
+	out.Revisions = r.server.revision(ctx) - revision
 	r.missing("changes at once", out.Missing)
 	r.settled(ctx, "changes at once")
 }
@@ -337,6 +346,7 @@ func (r *run) restart(ctx context.Context) error {
 	}
 	told := &slotSet{slots: map[int]bool{}}
 	f.offline.Store(told)
+	revision := r.server.revision(ctx)
 	before := r.usage()
 	f.down.Store(true)
 	f.epoch.Add(1)
@@ -365,6 +375,7 @@ func (r *run) restart(ctx context.Context) error {
 	_, out.PeakRSS = memory(r.server.pid)
 	out.BytesClient, out.Frames = (after.in-before.in)/int64(len(f.clients)), after.frames-before.frames
 	out.Broken, out.WentOffline = after.broken-before.broken, told.count()
+	out.Revisions = r.server.revision(ctx) - revision
 	f.offline.Store(nil)
 	if out.WentOffline > 0 {
 		f.faults.add("restart shown", "%d nodes were shown as offline after the restart", out.WentOffline)
@@ -395,9 +406,34 @@ func (r *run) steady(ctx context.Context, d time.Duration) {
 	pause(ctx, d)
 	after := r.usage()
 	out.Wall, out.ServerCPU = after.at.Sub(before.at).Seconds(), (after.server - before.server).Seconds()
+	n := int64(len(r.fleet.clients))
 	out.RSS, _ = memory(r.server.pid)
-	out.RSSClient = (out.RSS - r.figures.IdleRSS) / int64(len(r.fleet.clients))
+	out.RSSClient = (out.RSS - r.figures.IdleRSS) / n
 	out.Goroutines = r.server.goroutines(ctx)
-	out.LiveClient = (r.server.live(ctx) - r.figures.IdleLive) / int64(len(r.fleet.clients))
+	if r.server.trim(ctx) == nil {
+		out.TrimmedRSS, _ = memory(r.server.pid)
+		out.TrimmedClient = (out.TrimmedRSS - r.figures.IdleRSS) / n
+	}
+	out.LiveClient = (r.server.live(ctx) - r.figures.IdleLive) / n
 	r.check("steady")
+}
+
+// empty ends all clients and starts the server anew: what it needs to know
+// the nodes, without any session.
+func (r *run) empty(ctx context.Context) error {
+	ctx, cancel := r.phase(ctx)
+	defer cancel()
+	r.fleet.down.Store(true)
+	r.fleet.close()
+	r.server.kill()
+	start := time.Now()
+	if _, err := r.server.start(ctx); err != nil {
+		return err
+	}
+	out := &empty{Listening: time.Since(start).Seconds()}
+	if r.server.trim(ctx) == nil {
+		out.TrimmedRSS, _ = memory(r.server.pid)
+	}
+	r.figures.Empty = out
+	return nil
 }

@@ -282,6 +282,17 @@ func (s *server) goroutines(ctx context.Context) int {
 	return int(s.gauges(ctx, "go_goroutines")[0])
 }
 
+// revision is the tailnet's: it rises with each write that followers see.
+func (s *server) revision(ctx context.Context) int {
+	return int(s.gauges(ctx, "signalbox_revision")[0])
+}
+
+// trim makes the server collect its garbage and give free memory back.
+func (s *server) trim(ctx context.Context) error {
+	_, err := s.debugCall(ctx, "POST", "/debug/trim")
+	return err
+}
+
 // live returns the bytes of heap and stacks in use after a collection, which
 // it asks for; 0 without a metrics listener.
 func (s *server) live(ctx context.Context) int64 {
@@ -294,10 +305,14 @@ func (s *server) live(ctx context.Context) int64 {
 
 // debug fetches a page of the metrics listener.
 func (s *server) debug(ctx context.Context, path string) ([]byte, error) {
+	return s.debugCall(ctx, "GET", path)
+}
+
+func (s *server) debugCall(ctx context.Context, method, path string) ([]byte, error) {
 	if s.metrics == "" {
 		return nil, errors.New("no metrics listener")
 	}
-	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+s.metrics+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+s.metrics+path, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -306,7 +321,7 @@ func (s *server) debug(ctx context.Context, path string) ([]byte, error) {
 		return nil, err
 	}
 	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
+	if res.StatusCode/100 != 2 {
 		return nil, fmt.Errorf("%s: %s", path, res.Status)
 	}
 	return io.ReadAll(res.Body)
