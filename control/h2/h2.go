@@ -60,6 +60,9 @@ type Config struct {
 	Context context.Context
 	// Setup is the time that the peer has for the client preface and its SETTINGS; 0 means 10 s.
 	Setup time.Duration
+	// Stall is how long the rest of an answer may wait for the peer's windows after its handler has returned; 0 means 30 s. A handler that set a
+	// deadline for its writes is held to that instead.
+	Stall time.Duration
 	// Frame is the size of full DATA frames, header included; 0 means 16 KiB, the most that HTTP/2 lets us send unasked.
 	Frame int
 	// Control is called for each frame that costs work and the peer nothing: RST_STREAM, PING, SETTINGS, PRIORITY, empty DATA, and frames that are
@@ -92,7 +95,7 @@ type Conn struct {
 	in       int64  // bytes of DATA that it may send us
 	owed     int64  // bytes read and not yet returned to in
 	out      []byte // control frames to be written
-	shrink   bool   // the next header block has to say that its table is empty
+	shrink   bool   // header blocks have to say that their table is empty
 	away     bool   // GOAWAY was sent
 	err      error  // why the connection ended
 }
@@ -110,6 +113,9 @@ func New(nc net.Conn, cfg Config) *Conn {
 	}
 	if cfg.Setup == 0 {
 		cfg.Setup = 10 * time.Second
+	}
+	if cfg.Stall == 0 {
+		cfg.Stall = 30 * time.Second
 	}
 	if cfg.Frame == 0 {
 		cfg.Frame = maxFrame
@@ -150,7 +156,12 @@ func (c *Conn) Serve() {
 		c.mu.Lock()
 		c.goAway(code)
 		c.mu.Unlock()
-		c.flush()
+		// The peer is to hear why. Closing a connection with something unread in it would take that from it.
+		late := time.AfterFunc(linger, func() { c.end(err) })
+		if c.write(nil) == nil {
+			_, _ = io.Copy(io.Discard, c.nc)
+		}
+		late.Stop()
 	}
 	c.end(err)
 }
@@ -247,8 +258,8 @@ func (c *Conn) read() error {
 		if err := c.kick(); err != nil {
 			return err
 		}
-		// The Framer keeps a buffer of the largest frame that it has read.
-		if f != nil && f.Header().Length > 256 {
+		// The Framer keeps a buffer of the largest frame that it has read, which CONTINUATION may have been.
+		if _, headers := f.(*http2.MetaHeadersFrame); f == nil || headers || f.Header().Length > 256 {
 			c.newFramer()
 		}
 		if f, err = c.fr.ReadFrame(); err != nil {
@@ -397,11 +408,14 @@ func (c *Conn) takeWindow(f *http2.WindowUpdateFrame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f.StreamID == 0 {
+		was := c.window
 		if c.window += int64(f.Increment); c.window > maxWindow {
 			return http2.ConnectionError(http2.ErrCodeFlowControl)
 		}
 		for _, st := range c.streams {
-			st.wake()
+			if was <= 0 && st.window > 0 {
+				st.wake()
+			}
 		}
 		return nil
 	}

@@ -133,10 +133,11 @@ func TestAnswersOfEachKind(t *testing.T) {
 			}
 		case "/declared":
 			w.Header().Set("Content-Length", "5")
-			io.WriteString(w, "hello")
-			if _, err := w.Write([]byte("!")); !errors.Is(err, http.ErrContentLength) {
+			if _, err := io.WriteString(w, "hello!"); !errors.Is(err, http.ErrContentLength) {
 				t.Errorf("more than declared: %v", err)
 			}
+			io.WriteString(w, "hello")
+			w.Header().Set("Content-Length", "7") // too late to count
 		case "/head":
 			w.Header().Set("X-Long", strings.Repeat("x", 600))
 			io.WriteString(w, big)
@@ -156,9 +157,8 @@ func TestAnswersOfEachKind(t *testing.T) {
 			t.Errorf("%s %s: status %d and %d bytes, want %d and %d", c.method, c.path, res.StatusCode, len(text), c.status, len(c.body))
 		}
 	}
-	// The surplus is dropped, what was declared arrives.
-	if _, text := get(t, cc, request("GET", "/declared", nil)); text != "hello" {
-		t.Errorf("declared: %q", text)
+	if res, text := get(t, cc, request("GET", "/declared", nil)); text != "hello" || res.ContentLength != 5 {
+		t.Errorf("declared: %q, length %d", text, res.ContentLength)
 	}
 }
 
@@ -185,6 +185,81 @@ func TestManyStreamsAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestNothingFollowsAReset: a handler that ends after its peer has reset the stream writes nothing to it.
+func TestNothingFollowsAReset(t *testing.T) {
+	entered, ended := make(chan struct{}), make(chan struct{}, 1)
+	p := raw(t, Config{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/next" {
+			return
+		}
+		w.(http.Flusher).Flush()
+		close(entered)
+		<-r.Context().Done()
+		ended <- struct{}{}
+	})})
+	p.ask(1, true)
+	<-entered
+	if _, ok := p.next().(*http2.HeadersFrame); !ok {
+		t.Fatal("no answer")
+	}
+	p.WriteRSTStream(1, http2.ErrCodeCancel)
+	<-ended
+	p.ask(3, true, ":path", "/next")
+	if f := p.next(); f.Header().StreamID != 3 {
+		t.Errorf("after the reset: %v", f)
+	}
+}
+
+// TestAnswersDoNotWaitForEver for a peer that opens no window once their handlers have returned.
+func TestAnswersDoNotWaitForEver(t *testing.T) {
+	p := raw(t, Config{Stall: 10 * time.Millisecond, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "answer")
+	})}, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+	p.ask(1, true)
+	if _, ok := p.next().(*http2.HeadersFrame); !ok {
+		t.Fatal("no head")
+	}
+	if f, ok := p.next().(*http2.RSTStreamFrame); !ok || f.StreamID != 1 {
+		t.Errorf("got %v", f)
+	}
+}
+
+// TestContinueDoesNotFollowTheAnswer has a handler that reads after it has answered.
+func TestContinueDoesNotFollowTheAnswer(t *testing.T) {
+	p := raw(t, Config{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.(http.Flusher).Flush()
+		io.Copy(w, r.Body)
+	})})
+	p.ask(1, false, "expect", "100-continue")
+	heads := 0
+	for {
+		switch f := p.next().(type) {
+		case *http2.HeadersFrame:
+			heads++
+			p.WriteData(1, true, []byte("x"))
+		case *http2.DataFrame:
+			if f.StreamEnded() {
+				if heads != 1 {
+					t.Errorf("%d heads", heads)
+				}
+				return
+			}
+		}
+	}
+}
+
+// TestSmallHeaderTable tells in every block that no table is used: which one the peer gets first is not certain.
+func TestSmallHeaderTable(t *testing.T) {
+	p := raw(t, Config{Handler: teapot}, http2.Setting{ID: http2.SettingHeaderTableSize, Val: 0})
+	for _, id := range []uint32{1, 3} {
+		p.ask(id, true)
+		f, ok := p.next().(*http2.HeadersFrame)
+		if !ok || len(f.HeaderBlockFragment()) == 0 || f.HeaderBlockFragment()[0] != 0x20 {
+			t.Fatalf("got %v", f)
+		}
+	}
 }
 
 func TestExpectContinue(t *testing.T) {
@@ -367,6 +442,7 @@ func TestViolationsEndTheConnection(t *testing.T) {
 				}
 				break
 			}
+			p.nc.(*net.TCPConn).CloseWrite() // else the server waits a moment for it
 			if _, err := p.ReadFrame(); err == nil {
 				t.Error("the connection goes on")
 			}

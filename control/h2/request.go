@@ -132,6 +132,7 @@ func (st *stream) request(f *http2.MetaHeadersFrame) (r *http.Request, status in
 // run is a handler's goroutine.
 func (c *Conn) run(st *stream, h http.Handler, w *response, r *http.Request) {
 	defer c.finish(st)
+	path := r.URL.Path
 	defer func() {
 		v := recover()
 		if v == nil {
@@ -145,10 +146,11 @@ func (c *Conn) run(st *stream, h http.Handler, w *response, r *http.Request) {
 		}
 		c.mu.Unlock()
 		if v != http.ErrAbortHandler {
-			c.cfg.Log.Error("panic in a handler", "path", r.URL.Path, "panic", v, "stack", slog.StringValue(string(debug.Stack())))
+			c.cfg.Log.Error("panic in a handler", "path", path, "panic", v, "stack", slog.StringValue(string(debug.Stack())))
 		}
 	}()
 	h.ServeHTTP(w, r)
+	r = nil // its header fields need not wait for the peer to take the answer
 	w.end()
 }
 

@@ -60,9 +60,10 @@ func (w *response) Write(p []byte) (int, error) {
 		}
 		return len(p), nil
 	}
-	if w.wrote += int64(len(p)); w.declared >= 0 && w.wrote > w.declared {
+	if w.declared >= 0 && w.wrote+int64(len(p)) > w.declared {
 		return 0, http.ErrContentLength
 	}
+	w.wrote += int64(len(p))
 	size := w.st.c.cfg.Frame - frameHeader
 	written := 0
 	for len(p) > 0 {
@@ -122,12 +123,17 @@ func (w *response) end() {
 	if w.declared >= 0 && w.wrote < w.declared && !w.bare {
 		w.err = io.ErrUnexpectedEOF
 	}
+	c := w.st.c
+	c.mu.Lock()
+	if w.st.writeBy.IsZero() {
+		w.st.writeBy = time.Now().Add(c.cfg.Stall)
+	}
+	c.mu.Unlock()
 	if w.err == nil {
 		w.err = w.send(true)
 	}
 	w.drop()
 	if w.err != nil {
-		c := w.st.c
 		c.mu.Lock()
 		if w.st.dead == nil {
 			c.reset(w.st.id, http2.ErrCodeInternal)
@@ -156,8 +162,8 @@ func (w *response) send(last bool) (err error) {
 		}
 	}()
 	if w.headSent && w.n == 0 {
-		if !last || w.ended {
-			return w.alive()
+		if err := w.alive(); err != nil || !last || w.ended {
+			return err
 		}
 		w.ended = true
 		return w.st.c.write(appendFrame(nil, 0, http2.FrameData, http2.FlagDataEndStream, w.st.id))
@@ -232,8 +238,10 @@ func (w *response) head(b []byte, whole bool) ([]byte, error) {
 	b = appendFrame(b, 0, http2.FrameHeaders, http2.FlagHeadersEndHeaders, w.st.id)
 	c.mu.Lock()
 	if c.shrink {
-		c.shrink = false
-		b = append(b, 0x20) // RFC 7541, 6.3: the table that we never use is empty
+		b = append(b, 0x20) // RFC 7541, 6.3: the table that we never use is empty. Whichever block the peer gets first has to say it.
+	}
+	if w.st.body != nil {
+		w.st.body.ask = false // 100 (Continue) comes before the answer or not at all
 	}
 	c.mu.Unlock()
 	b = appendStatus(b, w.status)
@@ -243,7 +251,9 @@ func (w *response) head(b []byte, whole bool) ([]byte, error) {
 			b = appendField(b, "content-type", http.DetectContentType(w.buf[room:room+min(w.n, 512)]))
 		}
 	}
-	if whole && w.declared < 0 && !w.bare {
+	if w.declared >= 0 {
+		b = appendField(b, "content-length", strconv.FormatInt(w.declared, 10))
+	} else if whole && !w.bare {
 		b = appendField(b, "content-length", strconv.Itoa(w.n))
 	}
 	if h.Get("Date") == "" {
@@ -252,7 +262,7 @@ func (w *response) head(b []byte, whole bool) ([]byte, error) {
 	for k, values := range h {
 		name := strings.ToLower(k)
 		switch name {
-		case "connection", "proxy-connection", "transfer-encoding", "upgrade", "keep-alive":
+		case "connection", "proxy-connection", "transfer-encoding", "upgrade", "keep-alive", "content-length":
 			continue
 		}
 		for _, v := range values {

@@ -28,7 +28,7 @@ func (c *Conn) write(b []byte) error {
 	if len(first) > 0 {
 		_, err = c.nc.Write(first)
 	}
-	if err == nil {
+	if err == nil && len(b) > 0 {
 		_, err = c.nc.Write(b)
 	}
 	c.wmu.Unlock()

@@ -82,9 +82,20 @@ func (c *session) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}, limit)
 	}
 	c.s.cfg.Handler.ServeHTTP(w, r)
-	if !known && c.s.cfg.Known(c.peer.Machine) {
-		c.setKnown(true, true)
+	if !known {
+		// A stranger has its place until it has taken the answer.
+		c.hand(w)
+		if c.s.cfg.Known(c.peer.Machine) {
+			c.setKnown(true, true)
+		}
 	}
+}
+
+// hand sends an answer within the time of WriteStall.
+func (c *session) hand(w http.ResponseWriter) {
+	rc := http.NewResponseController(w)
+	rc.SetWriteDeadline(time.Now().Add(c.s.lim.WriteStall))
+	rc.Flush()
 }
 
 // enter takes one of a stranger's places.
@@ -139,6 +150,7 @@ func (c *session) refuse(w http.ResponseWriter, r *http.Request) {
 	r.Header = nil
 	w.Header().Set("Retry-After", "1")
 	w.WriteHeader(http.StatusTooManyRequests)
+	c.hand(w)
 }
 
 // refuseVersion tells clients that are too old why they cannot come in. The

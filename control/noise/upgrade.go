@@ -109,7 +109,7 @@ func (s *Server) start(c *session, raw net.Conn, head string, early []byte) bool
 	}
 	c.wire.attach(raw, early)
 	c.h2 = h2.New((*conn)(c), h2.Config{
-		Handler: c, Context: WithPeer(s.base, c.peer), Setup: s.lim.Setup, Frame: 4 * maxPlaintext, Control: c.frame, Log: s.log,
+		Handler: c, Context: WithPeer(s.base, c.peer), Setup: s.lim.Setup, Stall: s.lim.WriteStall, Frame: 4 * maxPlaintext, Control: c.frame, Log: s.log,
 	})
 	if !s.add(c) {
 		c.close()

@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -276,8 +277,9 @@ func (s *Server) report(ctx context.Context, n *tailnet.Node, req *tailcfg.MapRe
 	s.mu.Lock()
 	a := s.attend(n.ID)
 	if a.waiting == nil && a.reports.Allow() {
+		stored := s.cfg.Ledger.Report(n.ID, u) // under the lock: the ledger keeps the one that comes last
 		s.mu.Unlock()
-		return s.cfg.Ledger.Report(n.ID, u)(ctx)
+		return stored(ctx)
 	}
 	p := a.waiting
 	if p == nil {
@@ -285,10 +287,7 @@ func (s *Server) report(ctx context.Context, n *tailnet.Node, req *tailcfg.MapRe
 		a.waiting = p
 		time.AfterFunc(a.reports.Reserve().Delay(), func() { s.hand(n.ID, a, p) })
 	}
-	if p.update.Hostinfo != nil && u.Hostinfo == nil {
-		u.Hostinfo, u.HomeDERP = p.update.Hostinfo, p.update.HomeDERP // left out means unchanged
-	}
-	p.update = u
+	p.update = u.After(&p.update)
 	s.mu.Unlock()
 	select {
 	case <-p.done:
@@ -302,11 +301,11 @@ func (s *Server) report(ctx context.Context, n *tailnet.Node, req *tailcfg.MapRe
 func (s *Server) hand(id tailcfg.NodeID, a *attendance, p *report) {
 	s.mu.Lock()
 	a.waiting = nil
-	u := p.update
+	stored := s.cfg.Ledger.Report(id, p.update)
 	s.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), handIn)
 	defer cancel()
-	p.err = s.cfg.Ledger.Report(id, u)(ctx)
+	p.err = stored(ctx)
 	close(p.done)
 }
 
@@ -350,12 +349,15 @@ func (s *Server) serveOnce(w http.ResponseWriter, r *http.Request, n *tailnet.No
 	}
 	ctl := http.NewResponseController(w)
 	for b := range netmap.Pieces(netmap.Full(snap, netmap.Viewer{Slot: n.Slot, Raw: raw, Now: s.cfg.Now()}), raw) {
-		// A reader that takes nothing for this long must not keep the map.
-		_ = ctl.SetWriteDeadline(time.Now().Add(s.cfg.Stall))
-		if _, err := w.Write(b); err != nil {
-			return
+		for piece := range slices.Chunk(b, pieceSize) {
+			// A reader that takes nothing for this long must not keep the map.
+			_ = ctl.SetWriteDeadline(time.Now().Add(s.cfg.Stall))
+			if _, err := w.Write(piece); err != nil {
+				return
+			}
 		}
 	}
+	_ = ctl.Flush() // the node's place is taken until its reader has taken all
 }
 
 // enterOnce takes a node's one place for maps without a stream.

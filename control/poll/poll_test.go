@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -271,6 +273,46 @@ func TestReplacedStalledStreamsEnd(t *testing.T) {
 		t.Error("the newest stream ended too")
 	default:
 	}
+}
+
+// TestMapsWithoutAStreamAreBounded: for a node that reads none of the maps it asks for, one is kept.
+func TestMapsWithoutAStreamAreBounded(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	slow := g.stuck()
+	once := func(r *tailcfg.MapRequest) { r.Stream = false }
+	if st, status := slow.Stalled(once); st == nil {
+		t.Fatalf("status %d", status)
+	}
+	if _, status := slow.Stalled(once); status != http.StatusTooManyRequests {
+		t.Errorf("a second map at once: status %d", status)
+	}
+}
+
+// TestReportsThatWaitBecomeOne floods the server with reports. All are answered, and few are stored.
+func TestReportsThatWaitBecomeOne(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	a := g.join("a")
+	before := g.Replica.Current().Revision()
+	const flood = 200
+	var wg sync.WaitGroup
+	for i := range flood {
+		req := a.MapRequest()
+		req.Endpoints = []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(i+1))}
+		wg.Go(func() {
+			if status, text := a.Do("POST", "/machine/map", req); status != http.StatusOK {
+				t.Errorf("status %d %q", status, text)
+			}
+		})
+	}
+	wg.Wait()
+	if n := g.Replica.Current().Revision() - before; n >= flood/2 {
+		t.Errorf("%d reports at once made %d revisions", flood, n)
+	}
+	a.HomeDERP = 907
+	a.Report()
+	g.WaitNode(a.ID(), "the newest report", func(n *tailnet.Node) bool { return n.State.HomeDERP == 907 })
 }
 
 func TestRequestsWithoutAStream(t *testing.T) {

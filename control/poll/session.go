@@ -34,12 +34,14 @@ type Session struct {
 	rev     atomic.Int64      // revision of at
 	busy    atomic.Int64      // unix nanoseconds at which the write under way last made progress; 0 when none is
 	written atomic.Int64      // bytes
+	stalled atomic.Bool       // dropped for its reader
 
 	mu   sync.Mutex // guards the following field
 	over bool       // the handler returns: w and ctl must not be touched any more
 }
 
-// abort ends x also in the middle of a write that makes no progress, which its context does not reach.
+// abort ends x also while a write waits for the reader's windows, which its context does not reach. One that waits for the connection itself ends
+// with it, when the time for that (noise.Limits.WriteStall) is up.
 func (x *Session) abort(cause error) {
 	x.cancel(cause)
 	x.mu.Lock()
@@ -189,7 +191,9 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) watch(now time.Time) {
 	for _, x := range s.streams() {
 		if busy := x.busy.Load(); busy != 0 && now.UnixNano()-busy > int64(s.cfg.Stall) {
-			s.Stalled.Add(1)
+			if !x.stalled.Swap(true) {
+				s.Stalled.Add(1)
+			}
 			x.abort(errStalled)
 		}
 	}
@@ -382,8 +386,12 @@ const pieceSize = 16 << 10
 
 // write sends a message and notes progress for the watch on stalled readers.
 func (x *Session) write(message iter.Seq[[]byte]) error {
-	defer x.busy.Store(0)
 	sent := 0
+	defer func() {
+		x.busy.Store(0)
+		x.written.Add(int64(sent))
+		x.srv.Bytes.Add(int64(sent))
+	}()
 	for b := range message {
 		for len(b) > 0 {
 			x.busy.Store(time.Now().UnixNano())
@@ -395,8 +403,6 @@ func (x *Session) write(message iter.Seq[[]byte]) error {
 			b = b[n:]
 		}
 	}
-	x.written.Add(int64(sent))
-	x.srv.Bytes.Add(int64(sent))
 	x.busy.Store(time.Now().UnixNano())
 	return x.ctl.Flush()
 }

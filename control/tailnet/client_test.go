@@ -125,3 +125,19 @@ func TestEndpointsAreCut(t *testing.T) {
 		t.Errorf("zone kept: %v", zoned)
 	}
 }
+
+// TestReportsKeepWhatTheyLeaveOut: clients leave their Hostinfo out when it has not changed, and send no home relay before they have measured.
+func TestReportsKeepWhatTheyLeaveOut(t *testing.T) {
+	info := &tailcfg.Hostinfo{Hostname: "a"}
+	old := Update{Hostinfo: info, HomeDERP: 5, Cap: 1}
+	if u := (Update{Cap: 2}).After(&old); u.Hostinfo != info || u.HomeDERP != 5 || u.Cap != 2 {
+		t.Errorf("got %+v", u)
+	}
+	other := &tailcfg.Hostinfo{Hostname: "b"}
+	if u := (Update{Hostinfo: other}).After(&old); u.Hostinfo != other || u.HomeDERP != 5 {
+		t.Errorf("got %+v", u)
+	}
+	if u := (Update{Hostinfo: other, HomeDERP: 6}).After(&old); u.HomeDERP != 6 {
+		t.Errorf("got %+v", u)
+	}
+}

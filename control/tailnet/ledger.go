@@ -74,6 +74,17 @@ type Update struct {
 	Fill bool
 }
 
+// After is u, said after old: what u leaves out stands as old has it.
+func (u Update) After(old *Update) Update {
+	if u.Hostinfo == nil {
+		u.Hostinfo = old.Hostinfo
+	}
+	if u.HomeDERP == 0 {
+		u.HomeDERP = old.HomeDERP
+	}
+	return u
+}
+
 // Presence is whether a node has a live map stream.
 type Presence struct {
 	Online   bool
@@ -101,7 +112,11 @@ func newPool() *pool {
 // be called with slices or a Hostinfo that change afterwards.
 func (l *Ledger) Report(id tailcfg.NodeID, u Update) func(context.Context) error {
 	return l.add(id, func(p *pending) {
-		if !u.Fill || p.update == nil {
+		switch {
+		case p.update == nil:
+			p.update = &u
+		case !u.Fill:
+			u = u.After(p.update)
 			p.update = &u
 		}
 	})
