@@ -75,7 +75,7 @@ func truth(ok bool) float64 {
 func (s *server) healthMetrics(r registry) {
 	r.gauge("healthy", "1 when every health check passes, as of the last look at the database.", func() float64 {
 		for _, f := range s.checks() {
-			if f(nil) != nil {
+			if f(context.Background()) != nil {
 				return 0
 			}
 		}
@@ -84,7 +84,7 @@ func (s *server) healthMetrics(r registry) {
 	for name, f := range s.checks() {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: namespace, Name: "check", Help: "1 when this health check passes.", ConstLabels: prometheus.Labels{"check": name},
-		}, func() float64 { return truth(f(nil) == nil) }))
+		}, func() float64 { return truth(f(context.Background()) == nil) }))
 	}
 	r.gauge("database_healthy", "1 when the last statement or commit met no fault of the storage.", func() float64 { return truth(s.store.Fault() == nil) })
 	r.gauge("database_refuses_writes", "1 while the database was found damaged and takes no writes.", func() float64 {

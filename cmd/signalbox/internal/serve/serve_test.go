@@ -2,7 +2,10 @@ package serve
 
 import (
 	"context"
+	"database/sql"
+	"errors"
 	"io"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +16,7 @@ import (
 
 	"github.com/signalbox-net/signalbox/cmd/signalbox/internal/config"
 	"github.com/signalbox-net/signalbox/control/tailnet"
+	"github.com/signalbox-net/signalbox/db"
 )
 
 // load reads a configuration whose sockets take free ports.
@@ -66,6 +70,31 @@ func opened(t *testing.T, cfg *config.Config) *server {
 		<-done
 		s.store.Close()
 	})
+	return s
+}
+
+// assembled is a server with all its parts and its sockets bound, not yet running.
+func assembled(t *testing.T, cfg *config.Config) *server {
+	t.Helper()
+	s := &server{cfg: cfg, log: newLog(cfg.Log, io.Discard), started: time.Now()}
+	c, err := s.database()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	c.BusyTimeout = 100 * time.Millisecond
+	if s.store, err = db.Open(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.close)
+	if err := s.first(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	return s
 }
 
@@ -267,5 +296,51 @@ func TestRelayCertificateComesBackWithItsHost(t *testing.T) {
 	}
 	if pair("10.0.0.1") != home {
 		t.Error("a host came back with another certificate, which no client's pin fits")
+	}
+}
+
+// A full disk or another's lock must not look well to Prometheus while /health says 503.
+func TestHealthyMetricFallsWithTheDatabase(t *testing.T) {
+	cfg := load(t, "")
+	s := assembled(t, cfg)
+	healthy := func() string {
+		t.Helper()
+		rec := httptest.NewRecorder()
+		s.debugHandler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+		for line := range strings.Lines(rec.Body.String()) {
+			if v, ok := strings.CutPrefix(line, "signalbox_healthy "); ok {
+				return strings.TrimSpace(v)
+			}
+		}
+		t.Fatalf("no signalbox_healthy in:\n%s", rec.Body)
+		return ""
+	}
+	if got := healthy(); got != "1" {
+		t.Fatalf("signalbox_healthy = %s at the start, want 1", got)
+	}
+	other, err := sql.Open("sqlite", cfg.Database.SQLite.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	other.SetMaxOpenConns(1)
+	if _, err := other.Exec("BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	// A write that was refused ends the time for which the last commit vouches.
+	if _, err := s.ledger.Do(t.Context(), system, func(tx *db.Tx) error { return putSetting(tx, "test", 1) }); !errors.Is(err, db.ErrUnavailable) {
+		t.Fatalf("a write under another's lock: %v", err)
+	}
+	if got := healthy(); got != "0" {
+		t.Errorf("signalbox_healthy = %s while the database takes no writes, want 0", got)
+	}
+	if _, err := other.Exec("ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.store.Healthy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := healthy(); got != "1" {
+		t.Errorf("signalbox_healthy = %s after the lock is gone, want 1", got)
 	}
 }
