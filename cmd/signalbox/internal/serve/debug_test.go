@@ -7,7 +7,6 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
-	"time"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -18,7 +17,7 @@ import (
 // built is a server with all its parts, whose sockets nobody serves, that follows its database.
 func built(t *testing.T, yaml string) *server {
 	t.Helper()
-	s := &server{cfg: load(t, yaml), log: newLog(load(t, "").Log, io.Discard), started: time.Now(), times: newTimes()}
+	s := newServer(load(t, yaml), io.Discard)
 	ctx, cancel := context.WithCancel(context.Background())
 	if err := s.open(ctx); err != nil {
 		t.Fatal(err)

@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"cmp"
 	"crypto/tls"
 	"fmt"
 	"net/http"
@@ -19,7 +20,6 @@ import (
 
 // buildDoors binds the main listener, port 80 beside it where clients look for it, the metrics listener and the unix socket.
 func (s *server) buildDoors() error {
-	s.guard = listener.NewGuard(listener.GuardConfig{})
 	api := s.api()
 	main := s.mainHandler(api)
 	debug := s.debugHandler()
@@ -31,7 +31,7 @@ func (s *server) buildDoors() error {
 		s.relay.AddMetaCert(tlsConf)
 	}
 	list := []listener.Config{{Name: "listen_addr", Addr: s.cfg.ListenAddr, TLS: tlsConf, Handler: main, TrustedProxies: s.cfg.TrustedProxies}}
-	if door, ok := s.port80(main, http01); ok {
+	if door, ok := s.port80(main, tlsConf != nil, http01); ok {
 		list = append(list, door)
 	}
 	if s.cfg.MetricsListenAddr != "" {
@@ -83,14 +83,15 @@ func (s *server) tlsConfig() (*tls.Config, func(http.Handler) http.Handler, erro
 	return nil, nil, nil
 }
 
-// port80 is the plain listener beside an https one: a client that finds port 80 closed asks foreign bootstrap servers for our name.
-func (s *server) port80(main http.Handler, http01 func(http.Handler) http.Handler) (listener.Config, bool) {
+// port80 is the plain listener beside an https one: a client that finds port 80 closed asks foreign bootstrap servers for our name. Without
+// TLS of our own a proxy has the name, and port 80 is the proxy's too: taking it on one address would keep the proxy from taking it on all.
+func (s *server) port80(main http.Handler, ownTLS bool, http01 func(http.Handler) http.Handler) (listener.Config, bool) {
 	u, err := url.Parse(s.cfg.ServerURL)
-	if err != nil || u.Scheme != "https" {
+	if err != nil || u.Scheme != "https" || !ownTLS {
 		return listener.Config{}, false
 	}
 	h := listener.Companion(main, u)
-	addr, name, optional := hostOf(s.cfg.ListenAddr)+":80", "port 80", true
+	addr, name, optional := hostOf(s.cfg.ListenAddr)+":"+cmp.Or(s.plainPort, "80"), "port 80", true
 	if http01 != nil {
 		h = http01(h)
 		addr, name, optional = s.cfg.TLS.LetsEncryptListen, "tls_letsencrypt_listen", false

@@ -37,6 +37,8 @@ type server struct {
 	log     *slog.Logger
 	started time.Time
 
+	plainPort string // of the listener beside https; empty is 80
+
 	store   *db.Store
 	tailnet db.TailnetID
 	secrets secrets
@@ -65,7 +67,7 @@ func (d damaged) Unwrap() error { return d.error }
 
 // Run serves until ctx ends. The line for joining a device goes to stdout, the log to stderr.
 func Run(ctx context.Context, cfg *config.Config, stdout, stderr io.Writer) error {
-	s := &server{cfg: cfg, log: newLog(cfg.Log, stderr), started: time.Now(), times: newTimes()}
+	s := newServer(cfg, stderr)
 	netmap.Frames.SetLimit(int64(cfg.FrameCacheMiB) << 20)
 	for _, w := range cfg.Warnings {
 		s.log.Warn(w)
@@ -84,6 +86,10 @@ func Run(ctx context.Context, cfg *config.Config, stdout, stderr io.Writer) erro
 	fmt.Fprint(stdout, line)
 	s.log.Info("serving", "url", cfg.ServerURL, "listen", s.doors[0].Addr().String(), "version", Version())
 	return s.run(ctx)
+}
+
+func newServer(cfg *config.Config, stderr io.Writer) *server {
+	return &server{cfg: cfg, log: newLog(cfg.Log, stderr), started: time.Now(), times: newTimes(), guard: listener.NewGuard(listener.GuardConfig{})}
 }
 
 func newLog(c config.Log, w io.Writer) *slog.Logger {

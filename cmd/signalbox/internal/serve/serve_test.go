@@ -50,7 +50,7 @@ func write(t *testing.T, path, text string) {
 func opened(t *testing.T, cfg *config.Config) *server {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &server{cfg: cfg, log: newLog(cfg.Log, io.Discard), started: time.Now()}
+	s := newServer(cfg, io.Discard)
 	if err := s.open(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -74,9 +74,12 @@ func opened(t *testing.T, cfg *config.Config) *server {
 }
 
 // assembled is a server with all its parts and its sockets bound, not yet running.
-func assembled(t *testing.T, cfg *config.Config) *server {
+func assembled(t *testing.T, cfg *config.Config, edit ...func(*server)) *server {
 	t.Helper()
-	s := &server{cfg: cfg, log: newLog(cfg.Log, io.Discard), started: time.Now()}
+	s := newServer(cfg, io.Discard)
+	for _, f := range edit {
+		f(s)
+	}
 	c, err := s.database()
 	if err != nil {
 		t.Fatal(err)
@@ -95,6 +98,22 @@ func assembled(t *testing.T, cfg *config.Config) *server {
 	if err := s.build(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	return s
+}
+
+// running is a server at work until the end of the test.
+func running(t *testing.T, cfg *config.Config, edit ...func(*server)) *server {
+	t.Helper()
+	s := assembled(t, cfg, edit...)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("run: %v", err)
+		}
+	})
 	return s
 }
 
@@ -247,7 +266,7 @@ func TestNoiseKeyFileSeedsAnEmptyDatabaseAndNothingElse(t *testing.T) {
 	write(t, path, marshalKey(seed)+"\n")
 	cfg := load(t, "noise:\n  private_key_path: "+path+"\n")
 	start := func() (*server, error) {
-		s := &server{cfg: cfg, log: newLog(cfg.Log, io.Discard), started: time.Now()}
+		s := newServer(cfg, io.Discard)
 		return s, s.open(context.Background())
 	}
 	s, err := start()
