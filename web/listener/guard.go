@@ -356,9 +356,10 @@ func remoteIP(c net.Conn) netip.Addr {
 
 type connKey struct{}
 
-// connContext gives the requests of a connection what Identify and PeerUID
-// look for.
-func connContext(ctx context.Context, c net.Conn) context.Context {
+// ConnContext gives the requests of a connection what Identify and PeerUID
+// look for. It is the http.Server.ConnContext of every Server, and of a server
+// elsewhere whose listener a Guard has wrapped.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}

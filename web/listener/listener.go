@@ -156,7 +156,7 @@ func New(cfg Config) (*Server, error) {
 		MaxHeaderBytes: cfg.Limits.HeaderBytes,
 		TLSConfig:      cfg.TLS,
 		ErrorLog:       slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-		ConnContext:    connContext,
+		ConnContext:    ConnContext,
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams:          100,
 			MaxReadFrameSize:              16 << 10,

@@ -1,28 +1,39 @@
 package serve
 
 import (
+	"context"
 	"crypto/tls"
 	"io"
+	"net"
 	"net/http"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+
+	"github.com/signalbox-net/signalbox/db"
 	"github.com/signalbox-net/signalbox/derp"
+	"github.com/signalbox-net/signalbox/web/listener"
 )
 
 // https is a configuration with a certificate for mesh.example.com.
 func https(t *testing.T) string {
 	t.Helper()
-	cert, key, err := derp.NewPinnedCert("mesh.example.com", time.Now())
+	cert, private, err := derp.NewPinnedCert("mesh.example.com", time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
 	certPath, keyPath := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	write(t, certPath, string(cert))
-	write(t, keyPath, string(key))
+	write(t, keyPath, string(private))
 	return "server_url: https://mesh.example.com\ntls_cert_path: " + certPath + "\ntls_key_path: " + keyPath + "\n"
 }
 
@@ -70,5 +81,43 @@ func TestPort80IsTheProxysWhereAProxyHasTheCertificate(t *testing.T) {
 	s := assembled(t, load(t, "server_url: https://mesh.example.com\ntrusted_proxies: [127.0.0.1]\n"), func(s *server) { s.plainPort = "0" })
 	if len(s.doors) != 2 {
 		t.Errorf("%d listeners, want listen_addr and the socket", len(s.doors))
+	}
+}
+
+// The relay's own TLS listener is under the same cap as the others: strangers count, admitted devices do not.
+func TestRelayListenerIsGuarded(t *testing.T) {
+	s := running(t, load(t, ""), func(s *server) { s.guard = listener.NewGuard(listener.GuardConfig{PerSource: 1, Grace: time.Hour}) })
+	priv := key.NewNode()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	_, err := s.ledger.DoWait(ctx, system, func(tx *db.Tx) error {
+		n := &db.Node{Tailnet: tx.Tailnet(), Created: tx.Now(), MachineKey: key.NewMachine().Public(), NodeKey: priv.Public(), Hostname: "a", RegisterMethod: "cli", Tags: []string{"tag:a"}}
+		var err error
+		if n.IPv4, n.IPv6, err = tx.AllocateAddrs(s.pools()); err != nil {
+			return err
+		}
+		if n.GivenName, err = tx.FreeName("a", n.Owner()); err != nil {
+			return err
+		}
+		return tx.CreateNode(n)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	region := s.relay.Region()
+	device := derphttp.NewRegionClient(priv, logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region })
+	defer device.Close()
+	if err := device.Connect(ctx); err != nil {
+		t.Fatal(err)
+	}
+	// The one place of this source is free again as soon as the device is known: the handshake of the next gets through.
+	addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(region.Nodes[0].DERPPort))
+	stranger, err := (&tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		t.Fatalf("a stranger beside an admitted device: %v", err)
+	}
+	defer stranger.Close()
+	if n := s.guard.Open(); n != 2 {
+		t.Errorf("%d connections are counted, want the device's and the stranger's", n)
 	}
 }

@@ -145,7 +145,7 @@ func (s *server) relayConfig() (derp.Config, error) {
 		Instance:   instance,
 		PrivateKey: s.secrets.derp, MeshKey: s.secrets.mesh, Admit: s.admit, RegionID: c.RegionID, RegionCode: c.RegionCode, RegionName: c.RegionName, HostName: c.HostName,
 		IPv4: c.IPv4, IPv6: c.IPv6, STUNListen: c.STUNListenAddr, STUNSecondListen: c.STUNSecondListenAddr, BootstrapHosts: []string{u.Hostname()},
-		Source: listener.ClientAddr, Identified: listener.Identify, Log: s.log,
+		Source: listener.ClientAddr, Identified: listener.Identify, WrapListener: s.guard.Wrap, ConnContext: listener.ConnContext, Log: s.log,
 		OnDuplicate: func(d derp.Duplicate) {
 			s.log.Warn("one node key on two relay connections: a copied key, or a reconnect", "key", d.Key.ShortString(), "new", d.New, "old", d.Old)
 		},
