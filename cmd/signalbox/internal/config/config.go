@@ -38,7 +38,7 @@ type Config struct {
 	Warnings []string // for the operator, each to be said once
 
 	DataDir        string
-	ServerURL      string // scheme, host and perhaps port; no slash at the end
+	ServerURL      string // scheme, host and perhaps port, which is 0 only if it follows ListenAddr's; no slash at the end
 	AllowPlainHTTP bool
 
 	ListenAddr        string

@@ -20,6 +20,9 @@ func (l *loader) derive() {
 			c.DataDir = "/var/lib/signalbox"
 		}
 	}
+	if !c.IsSet("server_url") || c.ServerURL == "" {
+		c.ServerURL = urlOf(c.ListenAddr)
+	}
 	c.ServerURL = strings.TrimSuffix(c.ServerURL, "/")
 	l.addresses()
 
@@ -44,6 +47,19 @@ func (l *loader) derive() {
 		c.Database.Type = "sqlite"
 	}
 	c.DNS.BaseDomain = strings.TrimSuffix(c.DNS.BaseDomain, ".")
+}
+
+// urlOf is the URL by which a server that is told no other is reached, on this machine if nowhere else. Its port is 0 where the listener's is:
+// which port that becomes is known when it is bound.
+func urlOf(listen string) string {
+	host, port, err := net.SplitHostPort(listen)
+	switch {
+	case err != nil || !isPort(port) || !isEvery(host) && !PlainHTTPSafe(host):
+		return "http://127.0.0.1:8080"
+	case isEvery(host):
+		host = "127.0.0.1"
+	}
+	return "http://" + net.JoinHostPort(host, port)
 }
 
 func orDefault(s *string, def string) {

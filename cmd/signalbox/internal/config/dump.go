@@ -18,6 +18,9 @@ func (c *Config) Dump() ([]byte, error) {
 	root := &yaml.Node{Kind: yaml.MappingNode}
 	for i := range schema {
 		k := &schema[i]
+		if k.Name == "server_url" && strings.HasSuffix(c.ServerURL, ":0") {
+			continue // follows listen_addr, whose port is not known before it is bound
+		}
 		v, err := render(k, c)
 		if err != nil {
 			return nil, fmt.Errorf("print %s: %w", k.Name, err)

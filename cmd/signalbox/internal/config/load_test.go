@@ -165,6 +165,44 @@ func TestURLSetsEveryListener(t *testing.T) {
 	}
 }
 
+func TestServerURLFollowsListenAddr(t *testing.T) {
+	for _, x := range []struct {
+		text, want, warning string
+	}{
+		{"", "http://127.0.0.1:8080", ""},
+		{"listen_addr: 127.0.0.1:9000\n", "http://127.0.0.1:9000", ""},
+		{"listen_addr: 127.0.0.1:0\n", "http://127.0.0.1:0", ""},
+		{"listen_addr: localhost:9000\n", "http://localhost:9000", ""},
+		{"listen_addr: 10.1.2.3:9000\n", "http://10.1.2.3:9000", ""},
+		{"listen_addr: \"[fd00::1]:9000\"\n", "http://[fd00::1]:9000", ""},
+		{"listen_addr: :9000\n", "http://127.0.0.1:9000", ""},
+		{"listen_addr: 0.0.0.0:9000\n", "http://127.0.0.1:9000", ""},
+		{"listen_addr: 203.0.113.7:8080\n", "http://127.0.0.1:8080", "config.yaml:1:1: listen_addr: the server listens on 203.0.113.7:8080, and clients come to http://127.0.0.1:8080"},
+		{"listen_addr: 127.0.0.1:9000\nserver_url: http://127.0.0.1:8080\n", "http://127.0.0.1:8080", "config.yaml:1:1: listen_addr: the server listens on 127.0.0.1:9000, and clients come to http://127.0.0.1:8080"},
+		{"listen_addr: 10.1.2.3:80\nserver_url: http://10.1.2.3\n", "http://10.1.2.3", ""},
+		{"listen_addr: 127.0.0.1:9000\nserver_url: http://127.0.0.1\ntrusted_proxies: [127.0.0.1]\n", "http://127.0.0.1", ""},
+	} {
+		c, err := load(t, x.text, nil, Overrides{})
+		if err != nil {
+			t.Errorf("%q: %v", x.text, err)
+			continue
+		}
+		if c.ServerURL != x.want {
+			t.Errorf("%q: server_url = %s, want %s", x.text, c.ServerURL, x.want)
+		}
+		if got := strings.Join(c.Warnings, "\n"); (got == "") != (x.warning == "") || !strings.Contains(got, x.warning) {
+			t.Errorf("%q: warnings %q, want %q", x.text, got, x.warning)
+		}
+		text, err := c.Dump()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if back, err := load(t, string(text), nil, Overrides{}); err != nil || back.ServerURL != x.want {
+			t.Errorf("%q: the dump reads back as %s, %v", x.text, back.ServerURL, err)
+		}
+	}
+}
+
 func TestPathsAreRelativeToTheirSource(t *testing.T) {
 	c, err := load(t, "data_dir: d\npolicy:\n  path: p.hujson\nderp:\n  paths: [a.yaml, /b.yaml]\nnoise:\n  private_key_path: \"\"\n",
 		[]string{"SIGNALBOX_DNS_EXTRA_RECORDS_PATH=r.json"}, Overrides{})

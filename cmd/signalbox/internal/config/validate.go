@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -58,7 +59,7 @@ func (l *loader) validateURL() *url.URL {
 	}
 	if p := u.Port(); p != "" && !isPort(p) {
 		l.fault("server_url", "port %s is not between 1 and 65535", p)
-	} else if n, _ := strconv.Atoi(p); p != "" && n == 0 {
+	} else if n, _ := strconv.Atoi(p); p != "" && n == 0 && c.IsSet("server_url") {
 		l.fault("server_url", "clients need the real port, and port 0 is none: it only means any free port, in listen_addr")
 	}
 	if u.Scheme == "http" && !PlainHTTPSafe(u.Hostname()) && !c.AllowPlainHTTP {
@@ -116,6 +117,11 @@ func (l *loader) validateListeners(u *url.URL) {
 	// Behind an https URL there may be a proxy on this machine.
 	if h, _, err := net.SplitHostPort(l.cfg.ListenAddr); err == nil && u != nil && u.Scheme == "http" && isLoopback(h) && !isLoopback(u.Hostname()) {
 		l.warn("listen_addr", "the server listens on %s only, where clients of %s cannot reach it", l.cfg.ListenAddr, l.cfg.ServerURL)
+	}
+	if h, p, err := net.SplitHostPort(c.ListenAddr); err == nil && u != nil && u.Scheme == "http" && len(c.TrustedProxies) == 0 {
+		if want := cmp.Or(u.Port(), "80"); p != want || !c.IsSet("server_url") && !isEvery(h) && h != u.Hostname() {
+			l.warn("listen_addr", "the server listens on %s, and clients come to %s (server_url): something has to forward them", c.ListenAddr, c.ServerURL)
+		}
 	}
 	l.publicMetrics()
 }

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
 
 	"github.com/go-chi/chi/v5"
@@ -18,20 +19,42 @@ import (
 	"github.com/signalbox-net/signalbox/web/pages"
 )
 
-// buildDoors binds the main listener, port 80 beside it where clients look for it, the metrics listener and the unix socket.
-func (s *server) buildDoors() error {
-	api := s.api()
-	main := s.mainHandler(api)
-	debug := s.debugHandler()
-	tlsConf, http01, err := s.tlsConfig()
+// bindMain binds the main listener, and settles the URL that is the listener's own when nobody has set another. Connections wait in the kernel
+// until everything runs.
+func (s *server) bindMain() error {
+	var err error
+	if s.tls, s.http01, err = s.tlsConfig(); err != nil {
+		return err
+	}
+	err = s.openDoor(listener.Config{
+		Name: "listen_addr", Addr: s.cfg.ListenAddr, TLS: s.tls, TrustedProxies: s.cfg.TrustedProxies,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.main.ServeHTTP(w, r) }),
+	})
 	if err != nil {
 		return err
 	}
-	if tlsConf != nil && s.relay != nil && s.cfg.TLS.CertPath != "" {
-		s.relay.AddMetaCert(tlsConf)
+	if base, ok := strings.CutSuffix(s.cfg.ServerURL, ":0"); ok {
+		bound, err := netip.ParseAddrPort(s.doors[0].Addr().String())
+		if err != nil {
+			return fmt.Errorf("listen_addr: %w", err)
+		}
+		c := *s.cfg
+		c.ServerURL = base + ":" + strconv.Itoa(int(bound.Port()))
+		s.cfg = &c
 	}
-	list := []listener.Config{{Name: "listen_addr", Addr: s.cfg.ListenAddr, TLS: tlsConf, Handler: main, TrustedProxies: s.cfg.TrustedProxies}}
-	if door, ok := s.port80(main, tlsConf != nil, http01); ok {
+	return nil
+}
+
+// buildDoors binds port 80 beside the main listener where clients look for it, the metrics listener and the unix socket.
+func (s *server) buildDoors() error {
+	api := s.api()
+	debug := s.debugHandler()
+	s.main = s.mainHandler(api)
+	if s.tls != nil && s.relay != nil && s.cfg.TLS.CertPath != "" {
+		s.relay.AddMetaCert(s.tls)
+	}
+	var list []listener.Config
+	if door, ok := s.port80(); ok {
 		list = append(list, door)
 	}
 	if s.cfg.MetricsListenAddr != "" {
@@ -44,19 +67,26 @@ func (s *server) buildDoors() error {
 		Name: "unix_socket", Unix: s.cfg.UnixSocket, UnixMode: s.cfg.UnixSocketPermission, Handler: s.local(api, debug),
 	})
 	for _, c := range list {
-		c.Log = s.log
-		if c.Unix == "" {
-			c.Guard = s.guard
-		}
-		d, err := listener.New(c)
-		if err != nil {
+		if err := s.openDoor(c); err != nil {
 			return err
 		}
-		if err := d.Listen(); err != nil {
-			return err
-		}
-		s.doors = append(s.doors, d)
 	}
+	return nil
+}
+
+func (s *server) openDoor(c listener.Config) error {
+	c.Log = s.log
+	if c.Unix == "" {
+		c.Guard = s.guard
+	}
+	d, err := listener.New(c)
+	if err != nil {
+		return err
+	}
+	if err := d.Listen(); err != nil {
+		return err
+	}
+	s.doors = append(s.doors, d)
 	return nil
 }
 
@@ -85,15 +115,15 @@ func (s *server) tlsConfig() (*tls.Config, func(http.Handler) http.Handler, erro
 
 // port80 is the plain listener beside an https one: a client that finds port 80 closed asks foreign bootstrap servers for our name. Without
 // TLS of our own a proxy has the name, and port 80 is the proxy's too: taking it on one address would keep the proxy from taking it on all.
-func (s *server) port80(main http.Handler, ownTLS bool, http01 func(http.Handler) http.Handler) (listener.Config, bool) {
+func (s *server) port80() (listener.Config, bool) {
 	u, err := url.Parse(s.cfg.ServerURL)
-	if err != nil || u.Scheme != "https" || !ownTLS {
+	if err != nil || u.Scheme != "https" || s.tls == nil {
 		return listener.Config{}, false
 	}
-	h := listener.Companion(main, u)
+	h := listener.Companion(s.main, u)
 	addr, name, optional := hostOf(s.cfg.ListenAddr)+":"+cmp.Or(s.plainPort, "80"), "port 80", true
-	if http01 != nil {
-		h = http01(h)
+	if s.http01 != nil {
+		h = s.http01(h)
 		addr, name, optional = s.cfg.TLS.LetsEncryptListen, "tls_letsencrypt_listen", false
 	}
 	return listener.Config{Name: name, Addr: addr, Handler: h, Optional: optional, TrustedProxies: s.cfg.TrustedProxies}, true

@@ -1,17 +1,19 @@
 // Package serve runs the server: it wires the packages of Signalbox together as the configuration says.
 //
-// A start goes: open the database (first.go makes the tailnet in an empty one), take the secrets from it (secrets.go), bind the relay so that
-// its real ports are known, store what the configuration says of the tailnet (settings.go), load the picture of the tailnet, bind the
-// listeners (listen.go), and run everything until the context ends. Nothing is answered before the last of these worked, and nothing here
+// A start goes: open the database (first.go makes the tailnet in an empty one), take the secrets from it (secrets.go), bind the main listener
+// and the relay so that their real ports are known, store what the configuration says of the tailnet (settings.go), load the picture of the
+// tailnet, bind the other listeners (listen.go), and run everything until the context ends. Nothing is answered before the last of these worked, and nothing here
 // opens a connection to another host unless the configuration names it.
 package serve
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"os"
 	"os/signal"
 	"syscall"
@@ -51,7 +53,10 @@ type server struct {
 	regions *derp.Loader
 	checker *auth.Checker
 	guard   *listener.Guard
-	certs   *listener.CertFiles // nil without certificate files
+	certs   *listener.CertFiles             // nil without certificate files
+	tls     *tls.Config                     // of the main listener; nil for plain HTTP
+	http01  func(http.Handler) http.Handler // answers ACME's challenges of that kind; nil without
+	main    http.Handler                    // of the main listener, set before anything runs
 	doors   []*listener.Server
 	files   []*follower
 	times   *times // nil: nothing is timed
@@ -84,7 +89,7 @@ func Run(ctx context.Context, cfg *config.Config, stdout, stderr io.Writer) erro
 		return err
 	}
 	fmt.Fprint(stdout, line)
-	s.log.Info("serving", "url", cfg.ServerURL, "listen", s.doors[0].Addr().String(), "version", Version())
+	s.log.Info("serving", "url", s.cfg.ServerURL, "listen", s.doors[0].Addr().String(), "version", Version())
 	return s.run(ctx)
 }
 
@@ -134,6 +139,9 @@ func (s *server) close() {
 
 // build makes all parts and binds all sockets.
 func (s *server) build(ctx context.Context) error {
+	if err := s.bindMain(); err != nil {
+		return err
+	}
 	if err := s.buildRelay(); err != nil {
 		return err
 	}
