@@ -34,7 +34,7 @@ var (
 // The pin follows the certificate, so a new pair cuts clients off until they
 // have a new DERP map: keep one pair per host name.
 func NewPinnedCert(host string, now time.Time) (certPEM, keyPEM []byte, err error) {
-	if err := checkHostName(host); err != nil {
+	if err := CheckHostName(host); err != nil {
 		return nil, nil, fmt.Errorf("make relay certificate: %w", err)
 	}
 	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

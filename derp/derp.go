@@ -223,7 +223,7 @@ func (c *Config) fill() error {
 	if c.RegionID < 900 {
 		return fmt.Errorf("derp.server.region_id: %d is below 900, which is Tailscale's own range", c.RegionID)
 	}
-	if err := checkHostName(c.HostName); err != nil {
+	if err := CheckHostName(c.HostName); err != nil {
 		return fmt.Errorf("relay host name: %w", err)
 	}
 	if c.IPv4.IsValid() && !c.IPv4.Is4() {

@@ -166,10 +166,10 @@ func validateRegion(id int, r *tailcfg.DERPRegion) error {
 	if r.RegionID != id {
 		return fmt.Errorf("RegionID is %d", r.RegionID)
 	}
-	if err := checkText("RegionCode", r.RegionCode); err != nil {
+	if err := CheckText("RegionCode", r.RegionCode); err != nil {
 		return err
 	}
-	if err := checkText("RegionName", r.RegionName); err != nil {
+	if err := CheckText("RegionName", r.RegionName); err != nil {
 		return err
 	}
 	if len(r.Nodes) == 0 {
@@ -193,13 +193,13 @@ func validateNode(region int, n *tailcfg.DERPNode) error {
 	if n.Name == "" {
 		return fmt.Errorf("it has no Name")
 	}
-	if err := checkText("Name", n.Name); err != nil {
+	if err := CheckText("Name", n.Name); err != nil {
 		return err
 	}
 	if n.RegionID != region {
 		return fmt.Errorf("RegionID is %d", n.RegionID)
 	}
-	if err := checkHostName(n.HostName); err != nil {
+	if err := CheckHostName(n.HostName); err != nil {
 		return fmt.Errorf("HostName: %w", err)
 	}
 	if pin, ok := strings.CutPrefix(n.CertName, "sha256-raw:"); ok {
@@ -208,7 +208,7 @@ func validateNode(region int, n *tailcfg.DERPNode) error {
 			return fmt.Errorf("CertName: want sha256-raw: and 64 lower-case hex digits")
 		}
 	} else if n.CertName != "" {
-		if err := checkHostName(n.CertName); err != nil {
+		if err := CheckHostName(n.CertName); err != nil {
 			return fmt.Errorf("CertName: %w", err)
 		}
 	}
@@ -233,7 +233,9 @@ func validateNode(region int, n *tailcfg.DERPNode) error {
 	return nil
 }
 
-func checkText(field, s string) error {
+// CheckText refuses what has no place in a name that is shown to people. The
+// error names the field.
+func CheckText(field, s string) error {
 	if len(s) > maxMapText {
 		return fmt.Errorf("%s is longer than %d bytes", field, maxMapText)
 	}

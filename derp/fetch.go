@@ -30,8 +30,8 @@ type fetcher struct {
 	refuse func(netip.Addr) bool // nil refuses no more
 }
 
-// checkMapURL accepts https anywhere and http only from this machine.
-func checkMapURL(s string) error {
+// CheckMapURL accepts https anywhere and http only from this machine.
+func CheckMapURL(s string) error {
 	u, err := url.Parse(s)
 	if err != nil {
 		return err

@@ -98,7 +98,7 @@ func NewLoader(cfg LoaderConfig) (*Loader, error) {
 		current: &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{}},
 	}
 	for _, u := range cfg.URLs {
-		if err := checkMapURL(u); err != nil {
+		if err := CheckMapURL(u); err != nil {
 			return nil, fmt.Errorf("derp.urls: %w", err)
 		}
 		l.urls = append(l.urls, layer{name: u, remote: true})

@@ -14,9 +14,9 @@ import (
 // hostNameRE is a DNS name of letters, digits, hyphens and underscores.
 var hostNameRE = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$`)
 
-// checkHostName accepts what tailcfg.DERPNode.HostName may be: a DNS name or
+// CheckHostName accepts what tailcfg.DERPNode.HostName may be: a DNS name or
 // an IP literal without zone and brackets.
-func checkHostName(h string) error {
+func CheckHostName(h string) error {
 	if h == "" {
 		return errors.New("host name is empty")
 	}

@@ -25,7 +25,7 @@ func (m *program) loadServer(o config.Overrides, followed bool) (*config.Config,
 	if err != nil {
 		return cfg, err
 	}
-	return cfg, cfg.CheckFiles(followed)
+	return cfg, cfg.CheckFiles(followed, func(fault config.Fault) { serve.Check(cfg, fault) })
 }
 
 func (m *program) serveCmd() *cobra.Command {

@@ -15,7 +15,7 @@
 //	cfg, err := config.Load(path, os.Environ(), config.Overrides{URL: url})
 //	// err is a Problems: all of them, sorted by position
 //	for _, w := range cfg.Warnings { log.Warn(w) }
-//	if err := cfg.CheckFiles(false); err != nil { … }
+//	if err := cfg.CheckFiles(false, nil); err != nil { … }
 //
 // Precedence, highest first: Overrides (command line), SIGNALBOX_A_B, then
 // HEADSCALE_A_B variables, the file, the defaults. Relative paths of the file

@@ -32,11 +32,16 @@ func Find(named string, env []string) string {
 	return ""
 }
 
+// Fault reports a problem of a key.
+type Fault func(key, format string, args ...any)
+
 // CheckFiles looks at the files that the configuration names: those that are
 // needed have to be there, and secrets must not be readable by everybody. With
 // followed it insists on the files as well that a server waits for while it
-// runs: policy, DNS records, relays. The error is a Problems.
-func (c *Config) CheckFiles(followed bool) error {
+// runs: policy and DNS records. What the values and the files mean to the parts
+// of the server is for contents to judge, which may be nil. The error is a
+// Problems.
+func (c *Config) CheckFiles(followed bool, contents func(Fault)) error {
 	l := &loader{cfg: c}
 	for _, f := range []struct {
 		key, path        string
@@ -53,12 +58,15 @@ func (c *Config) CheckFiles(followed bool) error {
 		l.checkFile(f.key, f.path, f.needed, f.isSecret)
 	}
 	for _, p := range c.DERP.Paths {
-		l.checkFile("derp.paths", p, followed, false)
+		l.checkFile("derp.paths", p, true, false)
 	}
 	if len(l.problems) == 0 && c.TLS.CertPath != "" {
 		if _, err := tls.LoadX509KeyPair(c.TLS.CertPath, c.TLS.KeyPath); err != nil {
 			l.fault("tls_cert_path", "%v", strings.TrimPrefix(err.Error(), "tls: "))
 		}
+	}
+	if contents != nil {
+		contents(l.fault)
 	}
 	return l.problems.err()
 }

@@ -331,7 +331,7 @@ func TestSecretFilesHaveToBePrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = c.CheckFiles(true)
+	err = c.CheckFiles(true, nil)
 	var got Problems
 	if !errors.As(err, &got) || len(got) != 2 {
 		t.Fatalf("CheckFiles = %v, want two problems", err)
@@ -342,7 +342,8 @@ func TestSecretFilesHaveToBePrivate(t *testing.T) {
 	if !strings.Contains(got[1].String(), "derp.paths: "+dir+"/regions.yaml: no such file") {
 		t.Errorf("got %s", got[1])
 	}
-	if err := c.CheckFiles(false); !errors.As(err, &got) || len(got) != 1 || got[0].Key != "noise.private_key_path" {
-		t.Errorf("CheckFiles for a start = %v, want the key only", err)
+	err = c.CheckFiles(false, func(fault Fault) { fault("noise.private_key_path", "is %s", "odd") })
+	if !errors.As(err, &got) || len(got) != 3 || !strings.Contains(err.Error(), "config.yaml:2:3: noise.private_key_path: is odd") {
+		t.Errorf("CheckFiles = %v, want the two and what a look at the contents found", err)
 	}
 }

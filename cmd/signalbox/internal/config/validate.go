@@ -245,8 +245,8 @@ func (l *loader) validateDERP() {
 		}
 		return
 	}
-	if s.RegionID < 1 || s.RegionID > 1<<15 {
-		l.fault("derp.server.region_id", "want a number from 1 to 32768, got %d", s.RegionID)
+	if s.RegionID < 900 || s.RegionID > 1<<15 {
+		l.fault("derp.server.region_id", "want a number from 900 to 32768, got %d: those below are Tailscale's own", s.RegionID)
 	}
 	if s.RegionCode == "" {
 		l.fault("derp.server.region_code", "must not be empty")
@@ -254,7 +254,7 @@ func (l *loader) validateDERP() {
 	if s.IPv4.IsValid() && !s.IPv4.Is4() {
 		l.fault("derp.server.ipv4", "%v is not an IPv4 address", s.IPv4)
 	}
-	if s.IPv6.IsValid() && !s.IPv6.Is6() {
+	if s.IPv6.IsValid() && (!s.IPv6.Is6() || s.IPv6.Is4In6() || s.IPv6.Zone() != "") {
 		l.fault("derp.server.ipv6", "%v is not an IPv6 address", s.IPv6)
 	}
 	if s.PrivateKeyPath != "" && s.PrivateKeyPath == l.cfg.Noise.PrivateKeyPath {
