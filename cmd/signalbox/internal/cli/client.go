@@ -196,6 +196,7 @@ type refusal struct {
 	status int
 	text   string
 	faults []struct{ Message, Location string }
+	failed []string // checks of /health
 }
 
 func (r *refusal) Error() string { return r.text }
@@ -205,10 +206,11 @@ func (c *client) refused(res *http.Response, body []byte) error {
 	var p struct {
 		Title, Detail, Message string
 		Errors                 []struct{ Message, Location string }
+		Failed                 []string
 	}
 	r := &refusal{status: res.StatusCode, text: fmt.Sprintf("%s: answered %s", c.where, res.Status)}
 	if json.Unmarshal(body, &p) == nil {
-		r.text, r.faults = cmp.Or(p.Detail, p.Message, p.Title, r.text), p.Errors
+		r.text, r.faults, r.failed = cmp.Or(p.Detail, p.Message, p.Title, r.text), p.Errors, p.Failed
 	}
 	return r
 }

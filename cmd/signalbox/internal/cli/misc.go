@@ -2,9 +2,12 @@ package cli
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"tailscale.com/types/key"
@@ -51,9 +54,23 @@ func (m *program) versionCmd() *cobra.Command {
 	})
 }
 
+// pageWait is how long /health waits for a database that does not answer. A client that gave up before would not hear what it came for.
+const pageWait = 5 * time.Second
+
 func (m *program) healthCmd() *cobra.Command {
 	cmd := m.verb("health", "Ask the server whether it is well", 0, func(cmd *cobra.Command, _ []string) error {
 		c, err := m.client()
+		if err != nil {
+			return err
+		}
+		if m.timeout == "" {
+			c.timeout += pageWait
+		}
+		// The page knows more than the API, which Headscale gave the database only.
+		_, err = c.send(cmd.Context(), "GET", "/health", nil, nil, nil)
+		if r := new(refusal); errors.As(err, &r) && len(r.failed) > 0 {
+			return fmt.Errorf("the server is not well: %s. Its log says why", strings.Join(r.failed, ", "))
+		}
 		if err != nil {
 			return err
 		}

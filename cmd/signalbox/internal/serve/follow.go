@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
@@ -25,7 +26,7 @@ type follower struct {
 	name string // of the health check
 	path string
 	take func(ctx context.Context, text []byte) error
-	log  func(msg string, args ...any)
+	log  *slog.Logger
 	now  chan struct{} // one slot: look at once
 
 	mu    sync.Mutex // guards the following fields
@@ -39,7 +40,7 @@ const lookEvery = time.Second
 func (s *server) followers() []*follower {
 	var out []*follower
 	add := func(name, path string, take func(context.Context, []byte) error) {
-		out = append(out, &follower{name: name, path: path, take: take, log: s.log.Error, now: make(chan struct{}, 1), moved: make(chan struct{})})
+		out = append(out, &follower{name: name, path: path, take: take, log: s.log, now: make(chan struct{}, 1), moved: make(chan struct{})})
 	}
 	if s.cfg.Policy.Mode == "file" {
 		add("policy_file", s.cfg.Policy.Path, s.takePolicy)
@@ -97,7 +98,9 @@ func (f *follower) report(err error) {
 	f.moved = make(chan struct{})
 	f.mu.Unlock()
 	if err != nil && (old == nil || old.Error() != err.Error()) {
-		f.log("file not taken; what was there stays in force", "file", f.path, "err", err)
+		f.log.Error("file not taken; what was there stays in force", "file", f.path, "err", err)
+	} else if err == nil && old != nil {
+		f.log.Info("file taken again", "file", f.path)
 	}
 }
 

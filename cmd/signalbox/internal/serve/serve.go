@@ -39,7 +39,8 @@ type server struct {
 	log     *slog.Logger
 	started time.Time
 
-	plainPort string // of the listener beside https; empty is 80
+	plainPort string           // of the listener beside https; empty is 80
+	hangup    <-chan os.Signal // SIGHUP; nil never comes
 
 	store   *db.Store
 	tailnet db.TailnetID
@@ -74,6 +75,11 @@ func (d damaged) Unwrap() error { return d.error }
 func Run(ctx context.Context, cfg *config.Config, stdout, stderr io.Writer) error {
 	s := newServer(cfg, stderr)
 	netmap.Frames.SetLimit(int64(cfg.FrameCacheMiB) << 20)
+	// From the first moment on: a hangup while the database opens must not kill the server. One that comes before it runs is done then.
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	s.hangup = hangup
 	for _, w := range cfg.Warnings {
 		s.log.Warn(w)
 	}
@@ -245,14 +251,11 @@ func ignoreDeadline(err error) error {
 
 // signals reloads on SIGHUP what can be reloaded: certificates, the policy file, extra records, relay maps.
 func (s *server) signals(ctx context.Context) error {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-hup:
+		case <-s.hangup:
 		}
 		s.log.Info("reloading")
 		if s.certs != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -363,3 +364,38 @@ func TestHealthyMetricFallsWithTheDatabase(t *testing.T) {
 		t.Errorf("signalbox_healthy = %s after the lock is gone, want 1", got)
 	}
 }
+
+// A manager that reloads a unit which is still starting must not kill it.
+func TestHangupDuringTheStartIsKept(t *testing.T) {
+	cfg := load(t, "")
+	cfg.Warnings = []string{"the first line of the log"}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var hung, reloaded bool
+	log := writerFunc(func(b []byte) (int, error) {
+		if !hung {
+			hung = true
+			if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+				t.Error(err)
+			}
+		}
+		if strings.Contains(string(b), "msg=reloading") {
+			reloaded = true
+			cancel()
+		}
+		return len(b), nil
+	})
+	giveUp := time.AfterFunc(30*time.Second, cancel)
+	defer giveUp.Stop()
+	if err := Run(ctx, cfg, io.Discard, log); err != nil {
+		t.Fatal(err)
+	}
+	if !reloaded {
+		t.Error("the hangup of the start was forgotten")
+	}
+}
+
+// writerFunc is a writer of log lines, which slog writes one at a time.
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
