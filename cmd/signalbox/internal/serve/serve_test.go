@@ -3,16 +3,20 @@ package serve
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
 	"github.com/signalbox-net/signalbox/cmd/signalbox/internal/config"
@@ -399,3 +403,66 @@ func TestHangupDuringTheStartIsKept(t *testing.T) {
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+// What a start, a file or a URL changes for the whole tailnet has its audit row, and only when it changes something.
+func TestChangedSettingsAreAudited(t *testing.T) {
+	cfg := load(t, "dns:\n  search_domains: [a.example]\n")
+	acts := func(s *server) map[string]*db.AuditEvent {
+		t.Helper()
+		out := map[string]*db.AuditEvent{}
+		err := s.store.View(t.Context(), func(r *db.Reader) error {
+			events, err := r.In(s.tailnet).AuditEvents(0, 1000)
+			for _, e := range events {
+				if e.Action == "setting.set" {
+					out[e.Target] = e
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	s := assembled(t, cfg)
+	first := acts(s)
+	for _, name := range []string{tailnet.SettingDNS, tailnet.SettingOptions, tailnet.SettingDERPMap, tailnet.SettingExtraRecords} {
+		if e := first["setting:"+name]; e == nil || e.Before != nil || e.After == nil || e.Actor.Name != "serve" {
+			t.Errorf("%s: audit row %+v", name, e)
+		}
+	}
+	if err := s.storeSettings(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if again := acts(s); !reflect.DeepEqual(again, first) {
+		t.Errorf("a start that changes nothing: %v, before %v", again, first)
+	}
+	changed := *cfg
+	changed.DNS.SearchDomains = []string{"b.example"}
+	s.cfg = &changed
+	if err := s.storeSettings(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e := acts(s)["setting:"+tailnet.SettingDNS]
+	if !strings.Contains(string(e.Before), "a.example") || !strings.Contains(string(e.After), "b.example") {
+		t.Errorf("audit row %s -> %s", e.Before, e.After)
+	}
+	records := make([]tailcfg.DNSRecord, 0, 2000)
+	for i := range 2000 {
+		records = append(records, tailcfg.DNSRecord{Name: fmt.Sprintf("n%d.example", i), Value: "100.64.0.1"})
+	}
+	text, err := json.Marshal(records)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.takeRecords(t.Context(), text); err != nil {
+		t.Fatal(err)
+	}
+	if e := acts(s)["setting:"+tailnet.SettingExtraRecords]; e.Actor.Name != "extra records file" || len(e.After) > 1000 || !strings.Contains(string(e.After), "sha256") {
+		t.Errorf("2,000 records: audit row by %s, %.200s", e.Actor.Name, e.After)
+	}
+	s.putDERPMap(&tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{}})
+	if e := acts(s)["setting:"+tailnet.SettingDERPMap]; e.Number == first["setting:"+tailnet.SettingDERPMap].Number {
+		t.Error("a new relay map has no audit row")
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -49,8 +50,8 @@ func (s *server) storeSettings(ctx context.Context) error {
 		if err := s.putDialPlan(tx); err != nil {
 			return err
 		}
-		for name, doc := range docs {
-			if err := putSetting(tx, name, doc); err != nil {
+		for _, name := range slices.Sorted(maps.Keys(docs)) {
+			if err := putSetting(tx, name, docs[name]); err != nil {
 				return err
 			}
 		}
@@ -81,13 +82,33 @@ func (s *server) putDialPlan(tx *db.Tx) error {
 	return putSetting(tx, tailnet.SettingDialPlan, plan)
 }
 
+// putSetting stores a document and, if it is another one than before, the audit row of that.
 func putSetting(tx *db.Tx, name string, doc any) error {
 	b, err := json.Marshal(doc)
 	if err != nil {
 		return fmt.Errorf("setting %s: %w", name, err)
 	}
-	_, err = tx.PutSetting(name, b)
-	return err
+	old, err := tx.Setting(name)
+	if err != nil && !errors.Is(err, db.ErrNotFound) {
+		return err
+	}
+	now, err := tx.PutSetting(name, b)
+	if err != nil || old != nil && old.Hash == now.Hash {
+		return err
+	}
+	return tx.Audit("setting.set", "setting:"+name, auditable(old), auditable(now))
+}
+
+// auditable is a setting as its audit row has it: the whole document, or what tells a large one from others.
+func auditable(s *db.Setting) any {
+	const largest = 16 << 10
+	switch {
+	case s == nil:
+		return nil
+	case len(s.Value) > largest:
+		return map[string]any{"bytes": len(s.Value), "sha256": s.Hash}
+	}
+	return json.RawMessage(s.Value)
 }
 
 // putDERPMap stores a new relay map, which then reaches the clients like any other change.
