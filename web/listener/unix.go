@@ -16,13 +16,17 @@ const maxUnixPath = 107
 
 // ListenUnix opens a unix socket with the given file mode. A socket that a
 // dead process left behind is removed; one that somebody answers is not, nor
-// is anything that is not a socket.
+// is anything that is not a socket. A directory that is missing is made, open
+// to the owner and readable to the group.
 func ListenUnix(path string, mode os.FileMode) (net.Listener, error) {
 	if len(path) > maxUnixPath {
 		return nil, fmt.Errorf("unix socket path %q has %d bytes, at most %d are possible", path, len(path), maxUnixPath)
 	}
 	if err := removeStale(path); err != nil {
 		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, fmt.Errorf("directory of the unix socket: %w", err)
 	}
 	return listenUnix(path, mode)
 }

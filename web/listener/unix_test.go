@@ -105,3 +105,19 @@ func TestUnixSocketNeverReplacesAFile(t *testing.T) {
 		t.Errorf("%q %v", b, err)
 	}
 }
+
+func TestUnixSocketMakesItsDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run", "box")
+	l, err := ListenUnix(filepath.Join(dir, "box.sock"), 0o660)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	fi, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m := fi.Mode().Perm(); m&^0o750 != 0 || m&0o700 != 0o700 {
+		t.Errorf("directory mode %v, want at most 0750", m)
+	}
+}
