@@ -329,6 +329,7 @@ func (c *client) noteMap(at time.Time) {
 	}
 	c.viewMu.Unlock()
 	if first {
+		c.fleet.maps.Add(1)
 		c.fleet.mapped(c)
 	}
 }

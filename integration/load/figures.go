@@ -48,6 +48,8 @@ type joining struct {
 	PeakRSS     int64   `json:"peakRss"`
 	Goroutines  int     `json:"goroutines"`
 	BytesClient int64   `json:"bytesClient"`
+	BytesPeer   float64 `json:"bytesPeer"` // to a client for each peer that it got to know
+	FullMaps    int64   `json:"fullMaps"`  // that the server counted: one for each session
 	Frames      int64   `json:"frames"`
 	Broken      int     `json:"broken" runs:"max"`
 	Revisions   int     `json:"revisions"` // database writes: transactions, or their equals in a shared one

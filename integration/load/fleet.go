@@ -34,6 +34,7 @@ type fleet struct {
 	faults   tally // the server's mistakes: each fails the run
 	warnings tally
 	frames   atomic.Int64
+	maps     atomic.Int64 // first maps of sessions
 	facts    atomic.Uint64
 
 	// epoch counts the kills of the server: a stream of an earlier epoch was

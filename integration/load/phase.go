@@ -53,7 +53,7 @@ func (r *run) join(ctx context.Context) {
 	f, j := r.fleet, new(joining)
 	r.figures.Join = j
 	revision := r.server.revision(ctx)
-	before := r.usage()
+	before, maps := r.usage(), r.fullMaps(ctx)
 	var mu sync.Mutex
 	var registers, joins []time.Duration
 	var last time.Time
@@ -98,6 +98,7 @@ func (r *run) join(ctx context.Context) {
 	j.Goroutines, j.Revisions = r.server.goroutines(ctx), r.server.revision(ctx)-revision
 	j.BytesClient = (after.in - before.in) / int64(len(f.clients))
 	j.Frames, j.Broken = after.frames-before.frames, after.broken-before.broken
+	r.onePerSession(ctx, j, maps)
 	r.check("join")
 }
 
