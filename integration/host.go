@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -251,6 +252,43 @@ func (h *Host) DropUDP(t testing.TB) {
 	`)
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// CountOutbound begins to count what the host itself opens to the outside:
+// TCP connections and UDP exchanges whose first packet it sends. The returned
+// function says how many packets that were.
+func (h *Host) CountOutbound(t testing.TB) (opened func() int) {
+	t.Helper()
+	err := h.script(`
+		nft -f - <<-END
+			table inet outbound {
+				counter opened { }
+				chain out { type filter hook output priority 0; oifname != "lo" meta l4proto { tcp, udp } ct state new counter name opened; }
+			}
+		END
+	`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() int {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		out, err := h.Run(ctx, nil, "nft", "list", "counter", "inet", "outbound", "opened")
+		if err != nil {
+			t.Fatal(err)
+		}
+		words := strings.Fields(out)
+		i := slices.Index(words, "packets")
+		if i < 0 || i+1 >= len(words) {
+			t.Fatalf("nft printed %q", out)
+		}
+		n, err := strconv.Atoi(words[i+1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
 	}
 }
 

@@ -43,10 +43,14 @@ func TestPrintedLineJoins(t *testing.T) {
 }
 
 // TestFirstMesh joins a client of each version to a server that was started
-// with nothing but a URL, and lets every one talk to every other.
+// with nothing but a URL, and lets every one talk to every other. The server
+// meanwhile opens no connection to anybody.
 func TestFirstMesh(t *testing.T) {
 	lab := Open(t)
 	server := lab.Server(t, ServerConfig{})
+	server.Stop(t)
+	opened := server.CountOutbound(t)
+	server.Start(t)
 	// The user that a first start makes; its default policy lets a person's
 	// own devices reach each other.
 	key := server.Key(t, "admin", "--reusable")
@@ -92,6 +96,16 @@ func TestFirstMesh(t *testing.T) {
 				from.AwaitName(t, to.Name, to.IPv4(t)) // by the search domain
 			})
 		}
+	}
+	if n := opened(); n != 0 {
+		t.Errorf("the server sent %d packets that nobody had asked for", n)
+	}
+	// The counter counts: an attempt of the same machine is seen.
+	if c, err := server.Dial(t.Context(), "tcp", netip.AddrPortFrom(clients[0].Addr, 7000).String()); err == nil {
+		c.Close()
+	}
+	if opened() == 0 {
+		t.Error("a connection from the server's machine was not counted")
 	}
 }
 
