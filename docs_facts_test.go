@@ -64,6 +64,9 @@ func TestMetricsOfTheOperationsPage(t *testing.T) {
 	for _, m := range matches(t, `(?:gauge\(|count\(|make\(|Name: )"([a-z0-9_]+)",`, source) {
 		want = append(want, "signalbox_"+m)
 	}
+	for _, m := range matches(t, `newRelayMetric\("([a-z0-9_]+)",`, "cmd/signalbox/internal/serve/relaymetrics.go") {
+		want = append(want, "signalbox_"+m)
+	}
 	equalLists(t, page, matches(t, "`(signalbox_[a-z0-9_]+)(?:\\{[a-z]+\\})?`", page), source, want)
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/tls"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -19,7 +20,7 @@ import (
 	"github.com/signalbox-net/signalbox/web/pages"
 )
 
-// bindMain binds the main listener, and settles the URL that is the listener's own when nobody has set another. Connections wait in the kernel
+// bindMain binds the main listener and port 80 beside it, where clients look for it, and settles the URL that is the listener's own when nobody has set another. Connections wait in the kernel
 // until everything runs.
 func (s *server) bindMain() error {
 	var err error
@@ -28,10 +29,18 @@ func (s *server) bindMain() error {
 	}
 	err = s.openDoor(listener.Config{
 		Name: "listen_addr", Addr: s.cfg.ListenAddr, TLS: s.tls, TrustedProxies: s.cfg.TrustedProxies,
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.main.ServeHTTP(w, r) }),
+		Handler: s.mainLater(),
 	})
 	if err != nil {
 		return err
+	}
+	if door, ok := s.port80(); ok {
+		if err := s.openDoor(door); err != nil {
+			return err
+		}
+		if a, ok := s.doors[1].Addr().(*net.TCPAddr); ok {
+			s.plainAt = a.Port
+		}
 	}
 	if base, ok := strings.CutSuffix(s.cfg.ServerURL, ":0"); ok {
 		bound, err := netip.ParseAddrPort(s.doors[0].Addr().String())
@@ -45,18 +54,20 @@ func (s *server) bindMain() error {
 	return nil
 }
 
-// buildDoors binds port 80 beside the main listener where clients look for it, the metrics listener and the unix socket.
+// mainLater is the main handler for listeners that are bound before it can be made. None of them serves before that.
+func (s *server) mainLater() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.main.ServeHTTP(w, r) })
+}
+
+// buildDoors makes the main handler, and binds the metrics listener and the unix socket.
 func (s *server) buildDoors() error {
 	api := s.api()
 	debug := s.debugHandler()
 	s.main = s.mainHandler(api)
-	if s.tls != nil && s.relay != nil && s.cfg.TLS.CertPath != "" {
+	if s.tls != nil && s.relay != nil {
 		s.relay.AddMetaCert(s.tls)
 	}
 	var list []listener.Config
-	if door, ok := s.port80(); ok {
-		list = append(list, door)
-	}
 	if s.cfg.MetricsListenAddr != "" {
 		// The default port is a popular one. Only who asked for it wants to hear that it is taken before anything works.
 		list = append(list, listener.Config{
@@ -120,7 +131,7 @@ func (s *server) port80() (listener.Config, bool) {
 	if err != nil || u.Scheme != "https" || s.tls == nil {
 		return listener.Config{}, false
 	}
-	h := listener.Companion(s.main, u)
+	h := listener.Companion(s.mainLater(), u)
 	addr, name, optional := hostOf(s.cfg.ListenAddr)+":"+cmp.Or(s.plainPort, "80"), "port 80", true
 	if s.http01 != nil {
 		h = s.http01(h)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -119,5 +120,46 @@ func TestRelayListenerIsGuarded(t *testing.T) {
 	defer stranger.Close()
 	if n := s.guard.Open(); n != 2 {
 		t.Errorf("%d connections are counted, want the device's and the stranger's", n)
+	}
+	rec := httptest.NewRecorder()
+	s.debugHandler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	for _, want := range []string{"signalbox_relay_connections 1\n", "signalbox_relay_admitted_total 1\n", "signalbox_stun_packets_total 0\n"} {
+		if !strings.Contains(rec.Body.String(), "\n"+want) {
+			t.Errorf("/metrics lacks %q", want)
+		}
+	}
+}
+
+// Clients that find the relay's certificate beside the server's save a round trip, whoever issued the server's.
+func TestRelayCertificateStandsBesideThatOfACME(t *testing.T) {
+	cert, private, err := derp.NewPinnedCert("mesh.example.com", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What ACME issued earlier is used without asking the authority.
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "mesh.example.com"), string(private)+string(cert))
+	s := running(t, load(t, "server_url: https://mesh.example.com\ntls_letsencrypt_hostname: mesh.example.com\ntls_letsencrypt_challenge_type: TLS-ALPN-01\n"+
+		"tls_letsencrypt_cache_dir: "+dir+"\n"), func(s *server) { s.plainPort = "0" })
+	c, err := tls.Dial("tcp", s.doors[0].Addr().String(), &tls.Config{InsecureSkipVerify: true, ServerName: "mesh.example.com"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	shown := c.ConnectionState().PeerCertificates
+	if len(shown) != 2 || !strings.HasPrefix(shown[1].Subject.CommonName, "derpkey") {
+		t.Errorf("%d certificates were shown, want the server's and the relay's", len(shown))
+	}
+}
+
+// Clients look for captive portals on port 80 of relays that say that they have it.
+func TestRelaySaysWhetherItHasPort80(t *testing.T) {
+	s := assembled(t, load(t, https(t)), func(s *server) { s.plainPort = "0" })
+	if s.relay.Region().Nodes[0].CanPort80 {
+		t.Error("a relay without port 80 claims it")
+	}
+	s.plainAt = 80
+	if c, err := s.relayConfig(); err != nil || !c.CanPort80 {
+		t.Errorf("with port 80 bound: CanPort80 = %v, %v", c.CanPort80, err)
 	}
 }

@@ -62,6 +62,9 @@ func (s *server) metrics() *prometheus.Registry {
 	s.streamMetrics(r)
 	s.frameMetrics(r)
 	s.noiseMetrics(r)
+	if s.relay != nil {
+		r.MustRegister(relayMetrics{s.relay})
+	}
 	return r.Registry
 }
 

@@ -14,6 +14,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"syscall"
@@ -40,6 +41,7 @@ type server struct {
 	started time.Time
 
 	plainPort string           // of the listener beside https; empty is 80
+	plainAt   int              // the port that it has; 0 without
 	hangup    <-chan os.Signal // SIGHUP; nil never comes
 
 	store   *db.Store
@@ -206,6 +208,8 @@ func (s *server) buildRelay() error {
 	s.regions, err = derp.NewLoader(derp.LoaderConfig{
 		Embedded: embedded, URLs: c.URLs, Paths: c.Paths, AutoUpdate: c.AutoUpdateEnabled, Interval: c.UpdateFrequency,
 		OnChange: s.putDERPMap, Log: s.log,
+		// A map's URL must not reach into the tailnet, where this machine may be a device.
+		Refuse: func(a netip.Addr) bool { return s.cfg.Prefixes.V4.Contains(a) || s.cfg.Prefixes.V6.Contains(a) },
 	})
 	return err
 }

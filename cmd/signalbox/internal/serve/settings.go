@@ -172,6 +172,7 @@ func (s *server) relayConfig() (derp.Config, error) {
 		},
 	}
 	if u.Scheme == "https" {
+		cfg.CanPort80 = s.plainAt == 80
 		cfg.PublicPort = 443
 		if p := u.Port(); p != "" {
 			if cfg.PublicPort, err = strconv.Atoi(p); err != nil {
