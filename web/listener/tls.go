@@ -34,13 +34,17 @@ type CertFiles struct {
 	// CheckEvery is how often handshakes look at the files: 2 s. It must not
 	// be changed after the first handshake.
 	CheckEvery time.Duration
+	// Now is the clock that certificates expire by. It must not be changed
+	// after the first handshake either.
+	Now func() time.Time
 
 	cur atomic.Pointer[tls.Certificate]
 
 	// mu guards the following fields.
 	mu      sync.Mutex
 	checked time.Time
-	cert    []byte // contents of the files at the last look
+	warned  time.Time // of the pair in use, that its time ends; zero: not yet
+	cert    []byte    // contents of the files at the last look
 	key     []byte
 	failed  string // last error that was logged
 }
@@ -50,7 +54,7 @@ func NewCertFiles(certPath, keyPath string, log *slog.Logger) *CertFiles {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &CertFiles{certPath: certPath, keyPath: keyPath, log: log, CheckEvery: 2 * time.Second}
+	return &CertFiles{certPath: certPath, keyPath: keyPath, log: log, CheckEvery: 2 * time.Second, Now: time.Now}
 }
 
 // Reload reads the files now. On an error the pair in use stays.
@@ -83,12 +87,34 @@ func (f *CertFiles) reload() error {
 		}
 	}
 	f.cert, f.key, f.failed = cert, key, ""
+	f.warned = time.Time{}
 	f.cur.Store(&pair)
-	if time.Now().After(pair.Leaf.NotAfter) {
-		f.log.Warn("the certificate has expired", "file", f.certPath, "expired", pair.Leaf.NotAfter)
-	}
 	f.log.Info("certificate loaded", "file", f.certPath, "names", pair.Leaf.DNSNames, "expires", pair.Leaf.NotAfter)
+	f.remind()
 	return nil
+}
+
+// remind warns once a day of a certificate that has expired, or has at most a
+// tenth of its time and a week left. Clients that no longer take it make
+// handshakes all the same, so it is called as long as anybody comes. It is
+// called with mu held.
+func (f *CertFiles) remind() {
+	pair, now := f.cur.Load(), f.Now()
+	if pair == nil {
+		return
+	}
+	end := pair.Leaf.NotAfter
+	const week = 7 * 24 * time.Hour
+	expired, soon := !now.Before(end), end.Sub(now) <= min(week, end.Sub(pair.Leaf.NotBefore)/10)
+	if !expired && !soon || now.Sub(f.warned) < 24*time.Hour && (!expired || !f.warned.Before(end)) {
+		return
+	}
+	f.warned = now
+	if expired {
+		f.log.Error("the certificate has expired: clients refuse it", "file", f.certPath, "expired", end)
+	} else {
+		f.log.Warn("the certificate expires soon", "file", f.certPath, "expires", end)
+	}
 }
 
 // follow looks at the files when it is time. Handshakes that come meanwhile
@@ -105,6 +131,7 @@ func (f *CertFiles) follow() {
 		f.failed = err.Error()
 		f.log.Error("keeping the old certificate", "err", err)
 	}
+	f.remind()
 }
 
 // Certificate is the pair in use, nil before the first Reload.

@@ -146,3 +146,37 @@ func TestACMEHandlerPassesOnTheRest(t *testing.T) {
 		}
 	}
 }
+
+func TestEndOfACertificateIsWarnedOfDaily(t *testing.T) {
+	certPath, keyPath := writePair(t, t.TempDir(), "box.example.com") // from an hour ago to an hour from now
+	var log logBuffer
+	f := NewCertFiles(certPath, keyPath, log.logger())
+	f.CheckEvery = 0
+	start := time.Now()
+	now := start
+	f.Now = func() time.Time { return now }
+	if err := f.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	get := f.TLSConfig().GetCertificate
+	for _, x := range []struct {
+		after         time.Duration
+		soon, expired int // lines so far
+	}{
+		{0, 0, 0},
+		{50 * time.Minute, 1, 0},
+		{55 * time.Minute, 1, 0},
+		{61 * time.Minute, 1, 1},
+		{2 * time.Hour, 1, 1},
+		{26 * time.Hour, 1, 2},
+	} {
+		now = start.Add(x.after)
+		if _, err := get(nil); err != nil {
+			t.Fatal(err)
+		}
+		soon, expired := strings.Count(log.String(), "expires soon"), strings.Count(log.String(), "has expired")
+		if soon != x.soon || expired != x.expired {
+			t.Errorf("after %v: %d warnings before and %d after the end, want %d and %d", x.after, soon, expired, x.soon, x.expired)
+		}
+	}
+}

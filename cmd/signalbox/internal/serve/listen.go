@@ -87,6 +87,7 @@ func (s *server) buildDoors() error {
 
 func (s *server) openDoor(c listener.Config) error {
 	c.Log = s.log
+	c.Limits.Shutdown = stopWithin
 	if c.Unix == "" {
 		c.Guard = s.guard
 	}

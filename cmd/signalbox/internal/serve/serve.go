@@ -217,6 +217,9 @@ func (s *server) buildRelay() error {
 // admit reports whether a node key may use the relay. Before the tailnet is loaded nobody may.
 func (s *server) admit(k key.NodePublic) bool { return s.control != nil && s.control.Admit(k) }
 
+// stopWithin is what open requests and streams get for their end.
+const stopWithin = 5 * time.Second
+
 // run does the work until ctx ends or a part fails.
 func (s *server) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
@@ -239,7 +242,7 @@ func (s *server) run(ctx context.Context) error {
 	g.Go(func() error {
 		<-ctx.Done()
 		s.log.Info("stopping")
-		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopWithin)
 		defer cancel()
 		return ignoreDeadline(s.control.Noise.Shutdown(end))
 	})
