@@ -6,7 +6,7 @@ STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # Everything but the namespace tests, which need root and the built clients.
 PACKAGES = $$($(GO) list ./... | grep -v '/integration$$')
 
-# As root a machine that cannot run the namespace tests is a failure, not a skip.
+# As root a machine that lacks what a test needs is a failure, not a skip.
 LAB = $(if $(filter 0,$(shell id -u)),require)
 
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ build: ## build ./signalbox as it is released
 test: ## install what the tests need, then run them all (the namespace tests as root)
 	.ci/install
 	$(GO) build ./...
-	$(GO) test -timeout 15m $(PACKAGES)
+	SIGNALBOX_LAB=$(LAB) $(GO) test -timeout 15m $(PACKAGES)
 	$(MAKE) --no-print-directory clients integration
 
 .PHONY: clients

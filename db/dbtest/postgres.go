@@ -42,11 +42,12 @@ type Postgres struct {
 var errNoPostgres = errors.New("PostgreSQL is not installed here (initdb and pg_ctl were not found in PATH nor in /usr/lib/postgresql)")
 
 // DSN makes an empty database and returns its connection string. The test is
-// skipped where PostgreSQL is not installed.
+// skipped where PostgreSQL is not installed, unless SIGNALBOX_LAB=require says
+// that this machine has all.
 func (p *Postgres) DSN(t testing.TB) string {
 	t.Helper()
 	p.start.Do(func() { p.err = p.launch() })
-	if errors.Is(p.err, errNoPostgres) {
+	if errors.Is(p.err, errNoPostgres) && os.Getenv("SIGNALBOX_LAB") != "require" {
 		t.Skip(p.err)
 	}
 	if p.err != nil {

@@ -81,6 +81,16 @@ func NeedRoot(t testing.TB, what string) {
 	}
 }
 
+// skipOrFail skips a test that this machine cannot run, unless
+// SIGNALBOX_LAB=require says that it has all that tests need.
+func skipOrFail(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv("SIGNALBOX_LAB") == "require" {
+		t.Fatal(why)
+	}
+	t.Skip(why)
+}
+
 // servers numbers the loopback addresses of this process's servers.
 var servers atomic.Uint32
 

@@ -24,7 +24,7 @@ func attach(t *testing.T, s *Server) (detach func() string) {
 	t.Helper()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
-		t.Skip("needs strace")
+		skipOrFail(t, "needs strace")
 	}
 	file := filepath.Join(t.TempDir(), "trace")
 	cmd := exec.Command(strace, "-f", "-y", "-s", "20", "-e", "trace=fsync,fdatasync,write", "-o", file, "-p", strconv.Itoa(s.PID()))
@@ -41,7 +41,7 @@ func attach(t *testing.T, s *Server) (detach func() string) {
 	if !strings.Contains(line, "attached") {
 		cmd.Process.Kill()
 		cmd.Wait()
-		t.Skipf("strace may not look at the server here: %s %v", line, err)
+		skipOrFail(t, fmt.Sprintf("strace may not look at the server here: %s %v", line, err))
 	}
 	go io.Copy(io.Discard, said)
 	return func() string {
