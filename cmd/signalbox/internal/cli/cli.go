@@ -49,23 +49,11 @@ type Env struct {
 	Stdout, Stderr io.Writer
 	Vars           []string         // NAME=value
 	Now            func() time.Time // nil: time.Now
-	Terminal       bool             // a person is at Stdin, who can be asked
 }
 
 // System is the Env of this process.
 func System() Env {
-	fi, err := os.Stdin.Stat()
-	return Env{
-		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Vars: os.Environ(), Now: time.Now,
-		// A character device that is not /dev/null is close enough to a
-		// terminal for asking back.
-		Terminal: err == nil && fi.Mode()&os.ModeCharDevice != 0 && !isNull(fi),
-	}
-}
-
-func isNull(fi os.FileInfo) bool {
-	null, err := os.Stat(os.DevNull)
-	return err == nil && os.SameFile(fi, null)
+	return Env{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Vars: os.Environ(), Now: time.Now}
 }
 
 // Run executes one command line (without the program's name) and returns the

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"regexp"
@@ -121,16 +122,21 @@ var (
 	special = regexp.MustCompile(`(?i)^(y|n|yes|no|on|off|true|false|null)$`)
 )
 
-// confirm asks a person before something is destroyed. Without a terminal, or
-// with --force, nobody is asked.
+// confirm asks before something is destroyed, as Headscale does: whoever is at
+// standard input, a person or a program, answers. --force asks nobody. No
+// answer at all is an error, so that a script does not take it for done.
 func (m *program) confirm(format string, args ...any) (bool, error) {
-	if m.force || !m.Terminal {
+	if m.force {
 		return true, nil
 	}
 	fmt.Fprintf(m.Stderr, "%s [y/N] ", printable(fmt.Sprintf(format, args...)))
 	line, err := bufio.NewReader(m.Stdin).ReadString('\n')
 	if err != nil && err != io.EOF {
 		return false, err
+	}
+	if err == io.EOF && line == "" {
+		fmt.Fprintln(m.Stderr)
+		return false, errors.New("nothing was done, since nobody answered: use --force where nobody can be asked")
 	}
 	switch strings.ToLower(strings.TrimSpace(line)) {
 	case "y", "yes":
