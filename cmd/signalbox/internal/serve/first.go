@@ -1,11 +1,14 @@
 package serve
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -123,11 +126,28 @@ func (s *server) joinLine(ctx context.Context) (string, error) {
 	if !localOnly(s.cfg.ServerURL) {
 		return b.String(), nil
 	}
-	b.WriteString("This address works on this machine only. For other devices start the server with an address that they reach:\n\n")
-	for _, a := range machineAddrs() {
-		fmt.Fprintf(&b, "    signalbox serve --url http://%s\n", hostPort(a, 8080))
-	}
+	b.WriteString(elsewhere(s.cfg.ServerURL, machineAddrs()))
 	return b.String(), nil
+}
+
+// elsewhere says how a server that only this machine reaches is started for other devices. Plain HTTP is offered on private addresses alone;
+// a machine without one is on the Internet, where only https is safe.
+func elsewhere(serverURL string, private []netip.Addr) string {
+	if len(private) == 0 {
+		return "This address works on this machine only, which has no private one. For devices elsewhere use https: docs/install.md, \"A server on the Internet\"\n"
+	}
+	port := uint16(8080)
+	if u, err := url.Parse(serverURL); err == nil {
+		if n, err := strconv.ParseUint(cmp.Or(u.Port(), "80"), 10, 16); err == nil {
+			port = uint16(n)
+		}
+	}
+	var b strings.Builder
+	b.WriteString("This address works on this machine only. For other devices start the server with an address that they reach:\n\n")
+	for _, a := range private {
+		fmt.Fprintf(&b, "    signalbox serve --url http://%s\n", netip.AddrPortFrom(a, port))
+	}
+	return b.String()
 }
 
 func (s *server) firstKey(ctx context.Context) (string, error) {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -302,6 +303,46 @@ func TestNoiseKeyFileSeedsAnEmptyDatabaseAndNothingElse(t *testing.T) {
 		t.Error("the database's key is not used")
 	}
 	s.store.Close()
+}
+
+func TestRelayKeyFileSeedsAnEmptyDatabase(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "relay.key")
+	seed := key.NewNode()
+	write(t, path, marshalKey(seed)+"\n")
+	cfg := load(t, "derp:\n  server:\n    private_key_path: "+path+"\n")
+	start := func() (*server, error) {
+		s := newServer(cfg, io.Discard)
+		return s, s.open(context.Background())
+	}
+	s, err := start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !s.secrets.derp.Equal(seed) {
+		t.Error("the key in the file was not taken")
+	}
+	if err := s.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	other := key.NewNode()
+	write(t, path, marshalKey(other))
+	_, err = start()
+	if err == nil || !strings.Contains(err.Error(), "derp.server.private_key_path") || !strings.Contains(err.Error(), seed.Public().String()) || !strings.Contains(err.Error(), other.Public().String()) {
+		t.Errorf("another key in the file: err = %v, want a refusal that names both public keys", err)
+	}
+}
+
+func TestStartSaysHowOtherDevicesReachIt(t *testing.T) {
+	lan := []netip.Addr{netip.MustParseAddr("192.168.1.10"), netip.MustParseAddr("fd00::1")}
+	got := elsewhere("http://127.0.0.1:9000", lan)
+	for _, want := range []string{"    signalbox serve --url http://192.168.1.10:9000\n", "    signalbox serve --url http://[fd00::1]:9000\n"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("got %q, want %q in it", got, want)
+		}
+	}
+	if got := elsewhere("http://127.0.0.1:8080", nil); !strings.Contains(got, "https") || strings.Contains(got, "serve --url") {
+		t.Errorf("on the Internet: %q", got)
+	}
 }
 
 func TestRelayCertificateComesBackWithItsHost(t *testing.T) {

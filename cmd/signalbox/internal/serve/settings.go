@@ -229,8 +229,6 @@ func machineAddrs() []netip.Addr {
 	return out
 }
 
-func hostPort(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
-
 // noiseURL is the base of addresses that clients fetch over Noise. Clients reuse their connection only for the authority that they logged in
 // to, and always take such addresses for https.
 func noiseURL(serverURL string) string {
