@@ -28,9 +28,14 @@ func newLoginWorld(t *testing.T) *world {
 // ask makes a device, or an SSH session, wait under testAuthID.
 func (w *world) ask(kind string) {
 	w.t.Helper()
+	w.askAs(testAuthID, kind)
+}
+
+func (w *world) askAs(id, kind string) {
+	w.t.Helper()
 	w.do(func(tx *db.Tx) error {
 		return tx.CreateAuthRequest(&db.AuthRequest{
-			Hash: register.HashID(testAuthID), Kind: kind, Tailnet: tx.Tailnet(), MachineKey: key.NewMachine().Public(), NodeKey: key.NewNode().Public(),
+			Hash: register.HashID(id), Kind: kind, Tailnet: tx.Tailnet(), MachineKey: key.NewMachine().Public(), NodeKey: key.NewNode().Public(),
 			Hostinfo: &tailcfg.Hostinfo{Hostname: "Kitchen Pi"}, Source: "192.0.2.1", Created: tx.Now(), Expires: tx.Now().Add(register.LoginTTL), State: db.AuthRequestPending,
 		})
 	})

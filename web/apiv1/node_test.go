@@ -4,12 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/go-chi/chi/v5"
 	"tailscale.com/tailcfg"
 
 	"github.com/signalbox-net/signalbox/db"
@@ -222,11 +224,37 @@ func TestBackfillIPs(t *testing.T) {
 	}
 }
 
-// Each act of the interface leaves one audit row that names the key.
+// Each act of the interface leaves one audit row that names the key. The routes are those of the server: a new one has to be here.
 func TestNoActWithoutAudit(t *testing.T) {
-	w := newWorld(t)
-	id := w.addNode("host", w.alice, nil)
+	w := newLoginWorld(t)
+	id := w.addNode("host", w.alice, nil, "10.0.0.0/8")
 	w.clock.Add(int64(time.Second))
+	login, ssh, rejected, pretended := testAuthID[:31]+"A", testAuthID[:31]+"B", testAuthID[:31]+"C", testAuthID[:31]+"D"
+	w.askAs(login, db.AuthRequestRegister)
+	w.askAs(ssh, db.AuthRequestSSH)
+	w.askAs(rejected, db.AuthRequestRegister)
+	w.do(func(tx *db.Tx) error {
+		n, err := tx.Node(id)
+		if err != nil {
+			return err
+		}
+		n.IPv6 = netip.Addr{} // for backfillips
+		return tx.PutNode(n)
+	})
+	routes := newServer(w.config).routes()
+	pending := map[string]bool{}
+	err := chi.Walk(routes, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
+		if method != http.MethodGet {
+			pending[method+" "+route] = true
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// These only look.
+	delete(pending, "POST /api/v1/policy/check")
+	delete(pending, "POST /api/signalbox/v1/policy/diff")
 	for _, act := range []struct{ method, path, body, action string }{
 		{"POST", "/api/v1/user", `{"name":"bob"}`, "user.create"},
 		{"POST", "/api/v1/user/2/rename/rob", "", "user.rename"},
@@ -237,10 +265,20 @@ func TestNoActWithoutAudit(t *testing.T) {
 		{"POST", "/api/v1/apikey", "{}", "apikey.create"},
 		{"POST", "/api/v1/apikey/expire", `{"id":"2"}`, "apikey.expire"},
 		{"DELETE", "/api/v1/apikey/x?id=2", "", "apikey.delete"},
+		{"POST", "/api/v1/apikey", "{}", "apikey.create"},
+		{"DELETE", "/api/v1/apikey?id=3", "", "apikey.delete"},
+		{"POST", "/api/v1/node/backfillips?confirmed=true", "", "node.addresses"},
 		{"POST", "/api/v1/node/1/rename/new", "", "node.rename"},
+		{"POST", "/api/v1/node/1/approve_routes", `{"routes":["10.0.0.0/8"]}`, "node.routes"},
 		{"POST", "/api/v1/node/1/expire", "", "node.expire"},
 		{"POST", "/api/v1/node/1/tags", `{"tags":["tag:a"]}`, "node.tags"},
+		{"POST", "/api/v1/auth/register", `{"user":"alice","authId":"` + login + `"}`, "node.register"},
+		{"POST", "/api/v1/auth/approve", `{"authId":"` + ssh + `"}`, "ssh.approve"},
+		{"POST", "/api/v1/auth/reject", `{"authId":"` + rejected + `"}`, "register.reject"},
+		{"POST", "/api/v1/debug/node", `{"user":"alice","key":"` + pretended + `","name":"test","routes":[]}`, "debug.node"},
+		{"POST", "/api/v1/node/register?user=alice&key=" + pretended, "", "node.register"},
 		{"PUT", "/api/v1/policy", `{"policy":"{}"}`, "policy.set"},
+		{"POST", "/api/signalbox/v1/policy/versions/1/rollback", "", "policy.rollback"},
 		{"DELETE", nodePath(id), "", "node.delete"},
 	} {
 		var before int64
@@ -249,11 +287,20 @@ func TestNoActWithoutAudit(t *testing.T) {
 		}
 		get[map[string]any](w, act.method, act.path, act.body)
 		a := w.lastAudit()
-		if a.Number != before+1 || a.Action != act.action || a.Actor.Kind != "apikey" || a.Actor.KeyID == "" || a.Actor.Source == "" {
-			t.Errorf("%s %s: audit row %d after %d: %+v", act.method, act.path, a.Number, before, a)
+		if a == nil || a.Number != before+1 || a.Action != act.action || a.Actor.Kind != "apikey" || a.Actor.KeyID == "" || a.Actor.Source == "" {
+			t.Errorf("%s %s: audit row after %d: %+v, want %s", act.method, act.path, before, a, act.action)
 		}
+		match := chi.NewRouteContext()
+		path, _, _ := strings.Cut(act.path, "?")
+		if !routes.Match(match, act.method, path) {
+			t.Fatalf("%s %s: no such route", act.method, path)
+		}
+		delete(pending, act.method+" "+match.RoutePattern())
 	}
-	err := w.store.View(context.Background(), func(r *db.Reader) error {
+	for route := range pending {
+		t.Errorf("%s: no act here shows that it is audited", route)
+	}
+	err = w.store.View(context.Background(), func(r *db.Reader) error {
 		_, err := r.In(w.tailnet).VerifyAudit()
 		return err
 	})
