@@ -2,6 +2,7 @@ package db
 
 import (
 	"context"
+	"database/sql"
 	"embed"
 	"errors"
 	"fmt"
@@ -66,7 +67,22 @@ const migrateLock = 0x5349474e414c
 const createSchema = `
 CREATE TABLE IF NOT EXISTS "schema" (version bigint NOT NULL, min_reader bigint NOT NULL);
 CREATE TABLE IF NOT EXISTS migrations (name text NOT NULL PRIMARY KEY, applied bigint NOT NULL);
+CREATE TABLE IF NOT EXISTS schema_programs (version bigint NOT NULL PRIMARY KEY, program text NOT NULL);
 `
+
+// tooOld is the refusal of a program that is older than the database admits. It
+// names the version that brought the schema which is needed at least.
+func tooOld(ctx context.Context, c *sql.Conn, version, minReader, own int) error {
+	needs := "a newer version"
+	var program string
+	// The name is a help only: without it the refusal is the same.
+	err := c.QueryRowContext(ctx, fmt.Sprintf("SELECT program FROM schema_programs WHERE version = %d", minReader)).Scan(&program)
+	if err == nil && program != "" {
+		needs = "version " + program + " or newer"
+	}
+	return fmt.Errorf("the database has schema %d, which needs a program with schema %d or newer; this one has %d: start %s, or restore a backup from before the upgrade",
+		version, minReader, own, needs)
+}
 
 // migrate applies the migrations that the database lacks, each in its own
 // transaction. A database that a newer program has migrated is left alone if
@@ -122,7 +138,7 @@ func (s *Store) migrateOne(ctx context.Context, all []migration) (again bool, er
 	}
 	newest := len(all)
 	if newest < minReader {
-		return false, fmt.Errorf("the database has schema %d, which needs a program with schema %d or newer; this one has %d: start the newer version, or restore a backup from before the upgrade", version, minReader, newest)
+		return false, tooOld(ctx, raw, version, minReader, newest)
 	}
 	if version >= newest {
 		return false, nil
@@ -132,6 +148,7 @@ func (s *Store) migrateOne(ctx context.Context, all []migration) (again bool, er
 	exec(`DELETE FROM "schema"`)
 	exec(fmt.Sprintf(`INSERT INTO "schema" (version, min_reader) VALUES (%d, %d)`, m.number, m.minReader))
 	exec(fmt.Sprintf(`INSERT INTO migrations (name, applied) VALUES ('%s', %d)`, m.name, micros(s.now())))
+	exec(fmt.Sprintf(`INSERT INTO schema_programs (version, program) VALUES (%d, '%s')`, m.number, strings.ReplaceAll(clean(s.c.Version), "'", "''")))
 	exec("COMMIT")
 	if err != nil {
 		return false, fmt.Errorf("migration %s: %w", m.name, s.fail(ctx, err))

@@ -35,6 +35,8 @@ const (
 	KindAuthKey     Kind = 8  // auth key id
 	KindAPIKey      Kind = 9  // API key id
 	KindTombstone   Kind = 10 // tombstone id
+
+	newestKind = KindTombstone // kinds beyond are a newer program's
 )
 
 // A Change says what moved at a revision, not how: the rows are the truth.

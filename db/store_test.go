@@ -59,6 +59,111 @@ func TestMinReader(t *testing.T) {
 	}
 }
 
+// TestNewerServerBeside has a newer program make a change of a kind that this
+// one does not know. What it is about cannot be told, so all is loaded, and a
+// transaction that depends on facts takes it for a change of each of them.
+func TestNewerServerBeside(t *testing.T) {
+	for name, open := range map[string]func(*testing.T) *site{
+		"sqlite":   func(t *testing.T) *site { return newSite(t, sqliteFile(t), db.Config{}) },
+		"postgres": func(t *testing.T) *site { return newPostgresSite(t, postgres.DSN(t), db.Config{}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := open(t)
+			if err := s.register("known"); err != nil {
+				t.Fatal(err)
+			}
+			before, err := s.Load(t.Context(), s.tailnet)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, query := range []string{
+				"ALTER TABLE nodes ADD COLUMN of_the_next_version text NOT NULL DEFAULT 'x'",
+				"UPDATE nodes SET given_name = 'renamed'",
+				"UPDATE tailnets SET revision = revision + 1",
+				"INSERT INTO changes (tailnet_id, revision, seq, kind, entity, at) SELECT id, revision, 1, 999, 7, 0 FROM tailnets",
+			} {
+				if err := s.ExecOnWriter(query); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b, err := s.Follow(t.Context(), s.tailnet, before.To)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !b.Full || b.To != before.To+1 || len(b.Nodes) != 1 || len(b.Users) != len(before.Users) {
+				t.Errorf("followed full=%v to %d with %d nodes, %d users", b.Full, b.To, len(b.Nodes), len(b.Users))
+			}
+			for id, n := range b.Nodes {
+				if n.GivenName != "renamed" {
+					t.Errorf("node %d is %q", id, n.GivenName)
+				}
+			}
+			moved := func(after db.Revision, want bool) {
+				t.Helper()
+				_, err := s.Update(t.Context(), s.tailnet, admin, func(tx *db.Tx) error {
+					got, err := tx.MovedSince(after, db.KindPolicy)
+					if err == nil && got != want {
+						t.Errorf("the policy moved since %d: %v, want %v", after, got, want)
+					}
+					return err
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			moved(before.To, true)
+			moved(b.To, false)
+			if err := s.register("after"); err != nil {
+				t.Errorf("a write on the newer schema: %v", err)
+			}
+			moved(b.To, false) // only nodes moved
+			b, err = s.Follow(t.Context(), s.tailnet, b.To)
+			if err != nil || b.Full || len(b.Nodes) != 1 {
+				t.Errorf("followed %+v, %v; want the new node alone", b, err)
+			}
+		})
+	}
+}
+
+// A program that is too old for a PostgreSQL database is told which version it
+// needs, and starts on the schema of one that admits it.
+func TestPostgresMinReader(t *testing.T) {
+	dsn := postgres.DSN(t)
+	s := newPostgresSite(t, dsn, db.Config{Version: "9.8.7"})
+	for _, query := range []string{
+		`UPDATE "schema" SET version = 99`,
+		`INSERT INTO schema_programs (version, program) VALUES (98, '9.9.0')`,
+	} {
+		if err := s.ExecOnWriter(query); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := newPostgresSite(t, dsn, db.Config{})
+	if err := again.register("on-the-newer-schema"); err != nil {
+		t.Error(err)
+	}
+	if version, minReader, err := again.SchemaVersion(t.Context()); version != 99 || minReader != 1 || err != nil {
+		t.Errorf("schema %d, min_reader %d, %v; want 99 untouched", version, minReader, err)
+	}
+	if err := s.ExecOnWriter(`UPDATE "schema" SET min_reader = 98`); err != nil {
+		t.Fatal(err)
+	}
+	tooOld, err := db.Open(t.Context(), db.Config{Driver: db.DriverPostgres, PostgresDSN: dsn})
+	if err == nil {
+		tooOld.Close()
+		t.Fatal("a schema that needs a newer program was opened")
+	}
+	for _, want := range []string{"needs a program with schema 98", "start version 9.9.0 or newer"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %q", err, want)
+		}
+	}
+	// One that ran before goes on: a contracting change comes a version after the last program that needs the old shape.
+	if err := again.register("still-there"); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSealedSecrets(t *testing.T) {
 	path := sqliteFile(t)
 	seal := db.Config{SecretsKey: []byte("0123456789abcdef0123456789abcdef")}
