@@ -36,10 +36,25 @@ type world struct {
 	policy    *db.PolicyVersion
 	lastID    tailcfg.NodeID
 
-	step *db.Batch         // under construction
-	now  *tailnet.Snapshot // follows step by step
-	twin *tailnet.Snapshot // another replica that follows, too
+	step     *db.Batch         // under construction
+	now      *tailnet.Snapshot // follows step by step
+	replicas [3]replica        // those of other servers
+	compared [3]int            // deltas of each that were compared
 }
+
+// A replica is that of another server, which takes in the same history otherwise.
+type replica struct {
+	snap *tailnet.Snapshot
+	due  *db.Batch   // what it has not followed yet; nil when it is at the present
+	born db.Revision // where it was started last
+}
+
+// What the replicas of other servers do at a step.
+const (
+	everyStep = iota // follows each step, as w.now does
+	inLeaps          // follows several at once, now and then
+	restarts         // follows, and starts anew now and then
+)
 
 // policies are the texts that histories change between.
 var policies = []string{
@@ -55,6 +70,13 @@ var policies = []string{
 	  "nodeAttrs": [{"target": ["tag:a"], "attr": ["disable-ipv4"]}, {"target": ["u1@"], "attr": ["nextdns:abc", "randomize-client-port"]}]}`,
 	`{"tagOwners": {"tag:a": [], "tag:b": []}, "acls": [{"action": "accept", "src": ["u1@", "tag:a"], "dst": ["*:*"]}, {"action": "accept", "src": ["u2@"], "dst": ["10.2.0.0/16:53"]}],
 	  "nodeAttrs": [{"target": ["autogroup:member"], "attr": ["magicdns-aaaa"]}, {"target": ["u2@"], "attr": ["disable-ipv4"]}]}`,
+	`{"tagOwners": {"tag:a": [], "tag:b": []}, "grants": [{"src": ["u1@"], "dst": ["10.2.0.0/16"], "ip": ["*"], "via": ["tag:a"]},
+	  {"src": ["u2@", "u3@"], "dst": ["autogroup:internet"], "ip": ["*"], "via": ["tag:b"]}, {"src": ["*"], "dst": ["tag:a", "tag:b"], "ip": ["tcp:22"]},
+	  {"src": ["autogroup:member"], "dst": ["autogroup:self"], "ip": ["*"], "app": {"test.example/cap": [{"x": 1}]}}],
+	  "ssh": [{"action": "check", "src": ["autogroup:member"], "dst": ["autogroup:self"], "users": ["autogroup:nonroot"]}],
+	  "autoApprovers": {"routes": {"10.0.0.0/8": ["tag:a"]}, "exitNode": ["tag:b"]}}`,
+	`{"tagOwners": {"tag:a": [], "tag:b": []}, "grants": [{"src": ["u1@"], "dst": ["10.2.0.0/16"], "ip": ["*"], "via": ["tag:b"]},
+	  {"src": ["autogroup:member"], "dst": ["*"], "ip": ["tcp:443"]}], "nodeAttrs": [{"target": ["tag:b"], "attr": ["disable-ipv4"]}]}`,
 }
 
 func newWorld(t testing.TB, seed uint64, nodes int) *world {
@@ -72,7 +94,10 @@ func newWorld(t testing.TB, seed uint64, nodes int) *world {
 	for range nodes {
 		w.join()
 	}
-	w.now, w.twin = w.load(), w.load()
+	w.now = w.load()
+	for i := range w.replicas {
+		w.replicas[i] = replica{snap: w.load()}
+	}
 	return w
 }
 
@@ -108,11 +133,41 @@ func (w *world) publish() {
 	if w.step.PrimariesChanged {
 		w.step.Primaries = maps.Clone(w.primaries)
 	}
-	for _, s := range []**tailnet.Snapshot{&w.now, &w.twin} {
-		next, err := tailnet.Build(*s, w.step)
+	follow := func(prev *tailnet.Snapshot, b *db.Batch) *tailnet.Snapshot {
+		next, err := tailnet.Build(prev, b)
 		w.check(next, err)
-		*s = next
+		return next
 	}
+	w.now = follow(w.now, w.step)
+	for i := range w.replicas {
+		r := &w.replicas[i]
+		switch r.due = merge(r.due, w.step); {
+		case i == restarts && w.IntN(6) == 0:
+			r.snap, r.due, r.born = w.load(), nil, w.rev
+		case i != inLeaps || w.IntN(3) == 0:
+			r.snap, r.due = follow(r.snap, r.due), nil
+		}
+	}
+}
+
+// merge is what a follower is given who takes in two steps at once.
+func merge(first, then *db.Batch) *db.Batch {
+	if first == nil {
+		return then
+	}
+	b := *then
+	b.From = first.From
+	b.Nodes, b.Users, b.Settings = maps.Clone(first.Nodes), maps.Clone(first.Users), maps.Clone(first.Settings)
+	maps.Copy(b.Nodes, then.Nodes)
+	maps.Copy(b.Users, then.Users)
+	maps.Copy(b.Settings, then.Settings)
+	if b.Policy == nil {
+		b.Policy = first.Policy
+	}
+	if first.PrimariesChanged && !then.PrimariesChanged {
+		b.PrimariesChanged, b.Primaries = true, first.Primaries
+	}
+	return &b
 }
 
 func (w *world) set(name, value string) {
@@ -291,11 +346,12 @@ func (w *world) leave(id tailcfg.NodeID) {
 	}
 }
 
-// A viewer is a client that holds a session at one server, and the bytes of another one at the same revisions.
+// A viewer is a client that holds a session at one server, and what the others would have sent it at the same revisions.
 type viewer struct {
-	id       tailcfg.NodeID
-	at, twin *tailnet.Snapshot
-	view     controltest.View
+	id     tailcfg.NodeID
+	at     *tailnet.Snapshot
+	others [3]*tailnet.Snapshot // what the others had at that revision; nil when they were behind or have started since
+	view   controltest.View
 }
 
 // text is what a client that connects now believes.
@@ -325,27 +381,52 @@ func apply(t testing.TB, v *controltest.View, wire []byte) {
 	}
 }
 
-// catchUp brings the client to the present and reports the messages.
+// messages is what a client is sent at s that was last sent at; nil is a client that comes.
+func messages(at, s *tailnet.Snapshot, id tailcfg.NodeID) []netmap.Message {
+	v := netmap.Viewer{Slot: s.Node(id).Slot}
+	if at == nil {
+		return []netmap.Message{netmap.Full(s, v)}
+	}
+	return netmap.Between(tailnet.Diff(at, s), v)
+}
+
+// catchUp brings the client to the present, and holds the other servers that are there, too, to the same bytes.
 func (c *viewer) catchUp(w *world) {
 	w.t.Helper()
-	var a, b []netmap.Message
-	v := netmap.Viewer{Slot: w.now.Node(c.id).Slot}
-	if c.at == nil {
-		a, b = []netmap.Message{netmap.Full(w.now, v)}, []netmap.Message{netmap.Full(w.twin, v)}
-	} else {
-		a, b = netmap.Between(tailnet.Diff(c.at, w.now), v), netmap.Between(tailnet.Diff(c.twin, w.twin), v)
+	sent := messages(c.at, w.now, c.id)
+	for i, r := range w.replicas {
+		if r.due != nil {
+			c.others[i] = nil
+			continue
+		}
+		w.same(fmt.Sprintf("a first map by replica %d", i), messages(nil, w.now, c.id), messages(nil, r.snap, c.id))
+		at := c.others[i]
+		c.others[i] = r.snap
+		if at == nil || at.Revision() < r.born || r.reset(at) || tailnet.Diff(c.at, w.now).Reset {
+			continue // a layout is one server's own, and a new one is a first map again
+		}
+		w.compared[i]++
+		w.same(fmt.Sprintf("replica %d", i), sent, messages(at, r.snap, c.id))
 	}
+	for _, m := range sent {
+		apply(w.t, &c.view, netmap.Wire(m, false))
+	}
+	c.at = w.now
+}
+
+func (r *replica) reset(at *tailnet.Snapshot) bool { return tailnet.Diff(at, r.snap).Reset }
+
+// same compares messages by their text: how it is cut into frames follows the slots, which are one server's own.
+func (w *world) same(what string, a, b []netmap.Message) {
+	w.t.Helper()
 	if len(a) != len(b) {
-		w.t.Fatalf("one server sends %d messages, the other %d", len(a), len(b))
+		w.t.Fatalf("%s: one server sends %d messages, the other %d", what, len(a), len(b))
 	}
 	for i := range a {
-		wire := netmap.Wire(a[i], false)
-		if !bytes.Equal(wire, netmap.Wire(b[i], false)) {
-			w.t.Fatalf("message %d differs between two servers", i)
+		if x, y := netmap.Wire(a[i], true), netmap.Wire(b[i], true); !bytes.Equal(x, y) {
+			w.t.Fatalf("%s: message %d differs between two servers:\n%s\n%s", what, i, x[4:], y[4:])
 		}
-		apply(w.t, &c.view, wire)
 	}
-	c.at, c.twin = w.now, w.twin
 }
 
 // checkPrivacy verifies what must hold for every map.
@@ -408,6 +489,13 @@ func TestDeltasAreRightWithoutRoomForFrames(t *testing.T) {
 
 // history takes random steps. In the sixth so many nodes leave at once, which can make a snapshot give its slots anew.
 func history(t *testing.T, w *world, steps, viewers, leave int) {
+	defer func() {
+		for i, n := range w.compared {
+			if n == 0 && !t.Failed() {
+				t.Errorf("no delta was compared with replica %d", i)
+			}
+		}
+	}()
 	var clients []*viewer
 	var did []string
 	defer func() {
