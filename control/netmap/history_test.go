@@ -39,6 +39,7 @@ type world struct {
 	step     *db.Batch         // under construction
 	now      *tailnet.Snapshot // follows step by step
 	replicas [3]replica        // those of other servers
+	store    *mirror           // the database that has the same rows, nil when snapshots are made of w's own
 	compared [3]int            // deltas of each that were compared
 }
 
@@ -108,6 +109,9 @@ func (w *world) begin() {
 
 // load is the snapshot of a replica that starts now.
 func (w *world) load() *tailnet.Snapshot {
+	if w.store != nil {
+		return w.store.load(w)
+	}
 	s, err := tailnet.Build(nil, &db.Batch{
 		Full: true, To: w.rev, Nodes: maps.Clone(w.nodes), Users: maps.Clone(w.users), Policy: w.policy, Settings: maps.Clone(w.settings),
 		Primaries: maps.Clone(w.primaries), PrimariesChanged: true,
@@ -133,7 +137,13 @@ func (w *world) publish() {
 	if w.step.PrimariesChanged {
 		w.step.Primaries = maps.Clone(w.primaries)
 	}
+	if w.store != nil {
+		w.store.write(w)
+	}
 	follow := func(prev *tailnet.Snapshot, b *db.Batch) *tailnet.Snapshot {
+		if w.store != nil {
+			b = w.store.follow(w, prev)
+		}
 		next, err := tailnet.Build(prev, b)
 		w.check(next, err)
 		return next
@@ -314,19 +324,40 @@ func (w *world) move() string {
 		"options": func() {
 			w.set(tailnet.SettingOptions, fmt.Sprintf(`{"displayName": "n%d", "taildrop": %t}`, w.IntN(3), w.IntN(2) == 0))
 		},
-		"primary": func() {
-			w.primaries[routes[w.IntN(3)]] = n.ID
-			w.step.PrimariesChanged = true
+		"primary": w.elect,
+		"router": func() {
+			h := *w.hostinfo()
+			h.RoutableIPs = w.some(routes)
+			n.State.Hostinfo, n.ApprovedRoutes, n.State.Online = &h, h.RoutableIPs, true
+			w.put(n)
 		},
 	}
 	names := slices.Sorted(maps.Keys(kinds))
 	// Changes of the whole tailnet are rarer.
 	name := names[w.IntN(len(names))]
-	if w.IntN(3) > 0 {
+	switch w.IntN(9) {
+	case 0:
+		name = []string{"router", "primary", "policy"}[w.IntN(3)]
+	case 1, 2, 3, 4, 5:
 		name = []string{"join", "leave", "endpoints", "online", "offline", "derp", "hostinfo", "disco"}[w.IntN(8)]
 	}
 	kinds[name]()
 	return name
+}
+
+// elect gives a route that several nodes may serve another primary.
+func (w *world) elect() {
+	p := routes[w.IntN(3)]
+	var may []tailcfg.NodeID
+	for _, id := range slices.Sorted(maps.Keys(w.nodes)) {
+		if slices.Contains(w.nodes[id].ApprovedRoutes, p) {
+			may = append(may, id)
+		}
+	}
+	if len(may) > 0 {
+		w.primaries[p] = may[w.IntN(len(may))]
+		w.step.PrimariesChanged = true
+	}
 }
 
 func (w *world) putUser() {
@@ -351,6 +382,7 @@ type viewer struct {
 	id     tailcfg.NodeID
 	at     *tailnet.Snapshot
 	others [3]*tailnet.Snapshot // what the others had at that revision; nil when they were behind or have started since
+	since  db.Revision          // when that was
 	view   controltest.View
 }
 
@@ -402,7 +434,7 @@ func (c *viewer) catchUp(w *world) {
 		w.same(fmt.Sprintf("a first map by replica %d", i), messages(nil, w.now, c.id), messages(nil, r.snap, c.id))
 		at := c.others[i]
 		c.others[i] = r.snap
-		if at == nil || at.Revision() < r.born || r.reset(at) || tailnet.Diff(c.at, w.now).Reset {
+		if at == nil || c.since < r.born || r.reset(at) || tailnet.Diff(c.at, w.now).Reset {
 			continue // a layout is one server's own, and a new one is a first map again
 		}
 		w.compared[i]++
@@ -411,7 +443,7 @@ func (c *viewer) catchUp(w *world) {
 	for _, m := range sent {
 		apply(w.t, &c.view, netmap.Wire(m, false))
 	}
-	c.at = w.now
+	c.at, c.since = w.now, w.rev
 }
 
 func (r *replica) reset(at *tailnet.Snapshot) bool { return tailnet.Diff(at, r.snap).Reset }
@@ -420,7 +452,11 @@ func (r *replica) reset(at *tailnet.Snapshot) bool { return tailnet.Diff(at, r.s
 func (w *world) same(what string, a, b []netmap.Message) {
 	w.t.Helper()
 	if len(a) != len(b) {
-		w.t.Fatalf("%s: one server sends %d messages, the other %d", what, len(a), len(b))
+		var text []string
+		for _, m := range append(a, b...) {
+			text = append(text, string(netmap.Wire(m, true)[4:]))
+		}
+		w.t.Fatalf("%s: one server sends %d messages, the other %d:\n%s", what, len(a), len(b), strings.Join(text, "\n"))
 	}
 	for i := range a {
 		if x, y := netmap.Wire(a[i], true), netmap.Wire(b[i], true); !bytes.Equal(x, y) {
@@ -487,6 +523,14 @@ func TestDeltasAreRightWithoutRoomForFrames(t *testing.T) {
 	}
 }
 
+// atOnce is how many things move in a step. A database gives out ids by itself, so what comes and goes within a step would not be there.
+func (w *world) atOnce() int {
+	if w.store != nil {
+		return 1
+	}
+	return 1 + w.IntN(3)
+}
+
 // history takes random steps. In the sixth so many nodes leave at once, which can make a snapshot give its slots anew.
 func history(t *testing.T, w *world, steps, viewers, leave int) {
 	defer func() {
@@ -510,7 +554,7 @@ func history(t *testing.T, w *world, steps, viewers, leave int) {
 		}
 		w.begin()
 		var moves []string
-		for range 1 + w.IntN(3) {
+		for range w.atOnce() {
 			moves = append(moves, w.move())
 		}
 		if step == 5 {
