@@ -21,15 +21,17 @@ import (
 
 // A site is two servers with one name on one PostgreSQL.
 type site struct {
-	lab  *Lab
-	db   *postgres.Server
-	a, b *Server
+	lab   *Lab
+	db    *postgres.Server
+	lineA *postgres.Line // server a's way to the database
+	a, b  *Server
 }
 
 func newSite(t *testing.T) *site {
 	t.Helper()
 	x := &site{lab: Open(t), db: postgres.Start(t)}
-	x.a = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-a", Env: x.db.Line().Env()})
+	x.lineA = x.db.Line()
+	x.a = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-a", Env: x.lineA.Env()})
 	x.b = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-b", Env: x.db.Line().Env()})
 	x.a.SetPolicy(t, everything)
 	return x
@@ -218,6 +220,7 @@ func (x *site) crossLogin(t *testing.T) {
 func (x *site) killUnderWrites(t *testing.T, key string, a, b *Client) {
 	t.Helper()
 	c := x.client(t, ClientConfig{Name: "late", Version: Versions[0]}, x.a, x.b)
+	edited := x.policyEdits(t)
 	acknowledged, editing := 0, make(chan struct{})
 	var edits, joins sync.WaitGroup
 	edits.Go(func() {
@@ -252,6 +255,9 @@ func (x *site) killUnderWrites(t *testing.T, key string, a, b *Client) {
 	if !strings.Contains(policy, fmt.Sprintf("// edit %d\n", acknowledged)) && !strings.Contains(policy, fmt.Sprintf("// edit %d\n", acknowledged+1)) {
 		t.Errorf("edit %d was acknowledged, the policy is\n%s", acknowledged, policy)
 	}
+	if got := x.policyEdits(t) - edited; got < acknowledged || got > acknowledged+1 {
+		t.Errorf("%d edits were acknowledged, the audit log has %d", acknowledged, got)
+	}
 	joins.Wait()
 	if joinErr != nil {
 		t.Errorf("the registration that was interrupted: %v", joinErr)
@@ -272,6 +278,30 @@ func (x *site) killUnderWrites(t *testing.T, key string, a, b *Client) {
 	x.a.Start(t)
 }
 
+// policyEdits counts the edits of the policy in the audit log, in which every
+// event has to follow the one before.
+func (x *site) policyEdits(t *testing.T) (n int) {
+	t.Helper()
+	events := decode[[]struct {
+		Number           int64 `json:",string"`
+		Action, PrevHash string
+	}](t, x.b.CLI(t, "audit", "-n", "1000", "-o", "json"))
+	hashes := map[string]bool{}
+	for i, e := range events {
+		if e.Number != int64(i+1) || hashes[e.PrevHash] {
+			t.Errorf("audit event %d (%s) is number %d, or has another one's hash", i+1, e.Action, e.Number)
+		}
+		hashes[e.PrevHash] = true
+		if e.Action == "policy.set" {
+			n++
+		}
+	}
+	return n
+}
+
+// outage is how long servers are without their database.
+const outage = 30 * time.Second
+
 // databaseAway stops PostgreSQL for a while.
 func (x *site) databaseAway(t *testing.T, a, b *Client) {
 	t.Helper()
@@ -283,7 +313,7 @@ func (x *site) databaseAway(t *testing.T, a, b *Client) {
 	if err := a.exchange(t.Context(), netip.AddrPortFrom(b.IPv4(t), 7000)); err != nil {
 		t.Errorf("a new connection while the database is away: %v", err)
 	}
-	<-time.After(12*time.Second - time.Since(stopped))
+	<-time.After(outage - time.Since(stopped))
 	x.db.Start()
 	started := time.Now()
 	probe(t, 10*time.Second, "a write", func(context.Context) error {
@@ -320,9 +350,69 @@ func TestRelaysOfTwoServers(t *testing.T) {
 		pair[0].AwaitTCP(t, pair[1].IPv4(t), 7000, 10*time.Second)
 	}
 
+	x.serverCutOff(t, a, b)
+
 	// The mesh comes again after one of its sides was gone.
 	x.a.Kill()
 	x.a.Start(t)
 	a.AwaitTCP(t, b.IPv4(t), 7000, 40*time.Second)
 	b.AwaitTCP(t, a.IPv4(t), 7000, 20*time.Second)
+}
+
+// serverCutOff takes the database away from server a alone, whose client
+// cannot go to another one: it keeps its stream, its peers and its relay, and
+// learns afterwards what was changed at server b.
+func (x *site) serverCutOff(t *testing.T, a, b *Client) {
+	t.Helper()
+	flow := a.Flow(t, b.IPv4(t), 7000)
+	offline := []*Vigil{
+		a.Vigil(t, "its peer is offline or gone", func(st *ipnstate.Status) bool { return !peerOnline(st, b) }),
+		b.Vigil(t, "its peer is offline or gone", func(st *ipnstate.Status) bool { return !peerOnline(st, a) }),
+	}
+	x.lineA.Cut()
+	cut := time.Now()
+	if out, err := x.a.TryCLI("users", "create", "refused", "--timeout", "20s"); err == nil {
+		t.Errorf("a write at the server that is cut off was taken: %s", out)
+	}
+	if code := x.a.health(t); code != http.StatusServiceUnavailable {
+		t.Errorf("the health of the server that is cut off is %d", code)
+	}
+	x.b.CLI(t, "nodes", "rename", "-i", x.b.Node(t, b.IPv4(t)).ID, "meanwhile")
+	<-time.After(outage - time.Since(cut))
+	x.lineA.Mend()
+	mended := time.Now()
+	a.Await(t, "the name that was given meanwhile", 15*time.Second, func(st *ipnstate.Status) bool {
+		p := Peer(st, b.IPv4(t))
+		return p != nil && strings.HasPrefix(p.DNSName, "meanwhile.")
+	})
+	t.Logf("what was missed is there %v after the cut", time.Since(mended).Round(time.Millisecond))
+	probe(t, 10*time.Second, "a write at the server that was cut off", func(context.Context) error {
+		_, err := x.a.TryCLI("nodes", "rename", "-i", x.a.Node(t, a.IPv4(t)).ID, "healed")
+		return err
+	})
+	b.Await(t, "the name that was given after the cut", 10*time.Second, func(st *ipnstate.Status) bool {
+		p := Peer(st, a.IPv4(t))
+		return p != nil && strings.HasPrefix(p.DNSName, "healed.")
+	})
+	flow.Unbroken(t, 3*time.Second)
+	for _, v := range offline {
+		v.End(t)
+	}
+}
+
+// health is the status of the server's answer to /health.
+func (s *Server) health(t *testing.T) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "GET", s.URL+"/health", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := s.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	return res.StatusCode
 }
