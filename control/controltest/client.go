@@ -226,12 +226,14 @@ func (c *Client) MapRequest() *tailcfg.MapRequest {
 	}
 }
 
-// Report sends what the client says of itself and waits until the server has stored it.
+// Report sends what the client says of itself and waits until the server has stored it and sees it: the answer comes at the commit, a moment
+// before the server's own snapshot has it.
 func (c *Client) Report() {
 	c.s.Helper()
 	if status, text := c.Do("POST", "/machine/map", c.MapRequest()); status != http.StatusOK || text != "" {
 		c.s.Fatalf("report of %s: status %d %q", c.Info.Hostname, status, text)
 	}
+	c.s.CatchUp()
 }
 
 // A Stream is an open map stream.

@@ -230,6 +230,20 @@ func (s *Server) Update(fn func(*db.Tx) error) *tailnet.Snapshot {
 	return snap
 }
 
+// CatchUp waits until the server's snapshot has everything that is committed.
+func (s *Server) CatchUp() {
+	s.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	var rev db.Revision
+	s.check(s.Store.View(ctx, func(r *db.Reader) (err error) {
+		rev, err = r.In(s.Tailnet).Revision()
+		return err
+	}))
+	_, err := s.Replica.WaitFor(ctx, rev)
+	s.check(err)
+}
+
 // User is the id of "alice", "bob" or "carol".
 func (s *Server) User(name string) tailcfg.UserID {
 	s.Helper()
