@@ -28,6 +28,7 @@ type Store struct {
 	writer writer
 	health health
 	wake   *broadcast
+	posts  *broadcast // of mail
 
 	suffixes suffixHints
 
@@ -53,7 +54,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if n := len(c.SecretsKey); n != 0 && n != 32 {
 		return nil, &InvalidError{Field: "SecretsKey", Msg: fmt.Sprintf("must have 32 bytes, not %d", n)}
 	}
-	s := &Store{c: c, log: c.Log, pg: c.Driver == DriverPostgres, wake: newBroadcast(), suffixes: suffixHints{}}
+	s := &Store{c: c, log: c.Log, pg: c.Driver == DriverPostgres, wake: newBroadcast(), posts: newBroadcast(), suffixes: suffixHints{}}
 	s.writer.store = s
 	s.health.store = s
 	var err error

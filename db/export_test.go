@@ -31,3 +31,12 @@ func Migrations(dialect string) (names []string, err error) {
 	}
 	return names, err
 }
+
+// MigrationSQL is the text of a dialect's migrations, in order.
+func MigrationSQL(dialect string) (texts []string, err error) {
+	all, err := migrations(dialect)
+	for _, m := range all {
+		texts = append(texts, m.sql)
+	}
+	return texts, err
+}

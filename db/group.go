@@ -23,6 +23,7 @@ type group struct {
 	kept     int // ops whose work is in the transaction
 	tailnets map[TailnetID]*tailnetState
 	changes  int    // rows written to the change log
+	mailed   bool   // mail was posted
 	xid      string // PostgreSQL: the transaction's id, to ask for its fate
 }
 
@@ -37,6 +38,7 @@ type tailnetState struct {
 
 	changes []changeRow
 	audit   []auditRow
+	mailed  bool // mail was posted
 }
 
 // runAll runs members, or if there are none the ops that wait, and commits.
@@ -217,6 +219,7 @@ func (g *group) tailnet(r *Reader, id TailnetID) (*tailnetState, error) {
 func (g *group) flush(w *writer) error {
 	r := &Reader{g: g.store.session(g.ctx, g.conn), conn: g.conn}
 	for _, t := range g.tailnets {
+		g.mailed = g.mailed || t.mailed
 		if len(t.audit) > 0 {
 			if err := r.err(r.g.CreateInBatches(t.audit, g.store.rowBatch()).Error); err != nil {
 				return err
@@ -239,6 +242,10 @@ func (g *group) flush(w *writer) error {
 				return err
 			}
 		}
+	}
+	if g.mailed && g.store.pg {
+		var ignored string
+		return r.scan("SELECT pg_current_xact_id()::text, pg_notify('"+mailChannel+"', '')::text", nil, &g.xid, &ignored)
 	}
 	return nil
 }

@@ -148,27 +148,30 @@ func rowToNode(row *nodeRow, state *stateRow) (*Node, error) {
 const selectNodes = `SELECT n.id, n.stable_id, n.tailnet_id, n.machine_key, n.node_key, n.nl_key, n.user_id, n.tags,
  n.hostname, n.given_name, n.ipv4, n.ipv6, n.approved_routes, n.expiry, n.expired, n.logged_out, n.ephemeral,
  n.auth_key_id, n.register_method, n.created,
- s.disco_key, s.endpoints, s.home_derp, s.hostinfo, s.cap, s.online, s.instance, s.last_seen
- FROM nodes n JOIN node_states s ON s.node_id = n.id WHERE `
+ s.disco_key, s.endpoints, s.home_derp, s.hostinfo, s.cap, s.online, s.instance, s.last_seen,
+ u.node_id IS NOT NULL
+ FROM nodes n JOIN node_states s ON s.node_id = n.id LEFT JOIN unhealthy_nodes u ON u.node_id = n.id WHERE `
 
 // nodes runs selectNodes with a condition.
 func (r *Reader) nodes(condition string, args ...any) ([]*Node, error) {
 	var out []*Node
 	var row nodeRow
 	var state stateRow
+	var unhealthy bool
 	err := r.rows(selectNodes+condition, args, func(rows *sql.Rows) error {
 		row.UserID, row.IPv4, row.IPv6 = nil, nil, nil
 		if err := rows.Scan(&row.ID, &row.StableID, &row.TailnetID, &row.MachineKey, &row.NodeKey, &row.NLKey,
 			&row.UserID, &row.Tags, &row.Hostname, &row.GivenName, &row.IPv4, &row.IPv6, &row.ApprovedRoutes,
 			&row.Expiry, &row.Expired, &row.LoggedOut, &row.Ephemeral, &row.AuthKeyID, &row.RegisterMethod, &row.Created,
 			&state.DiscoKey, &state.Endpoints, &state.HomeDERP, &state.Hostinfo, &state.Cap, &state.Online,
-			&state.Instance, &state.LastSeen); err != nil {
+			&state.Instance, &state.LastSeen, &unhealthy); err != nil {
 			return err
 		}
 		n, err := rowToNode(&row, &state)
 		if err != nil {
 			return r.damaged("node", row.ID, err)
 		}
+		n.State.Unhealthy = unhealthy
 		out = append(out, n)
 		return nil
 	})

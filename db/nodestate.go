@@ -84,6 +84,30 @@ func parseHostinfo(s string) (*tailcfg.Hostinfo, error) {
 	return h, json.Unmarshal([]byte(s), h)
 }
 
+// SetUnhealthy notes that a node does not answer the probes of its server, or
+// that it does again. What is noted already is no write.
+func (tx *Tx) SetUnhealthy(id tailcfg.NodeID, unhealthy bool) error {
+	query := "DELETE FROM unhealthy_nodes WHERE node_id = ? AND tailnet_id = ?"
+	args := []any{id, tx.tailnet}
+	if unhealthy {
+		query = "INSERT INTO unhealthy_nodes (node_id, tailnet_id, since) SELECT id, tailnet_id, CAST(? AS bigint) FROM nodes " +
+			"WHERE id = ? AND tailnet_id = ? ON CONFLICT DO NOTHING"
+		args = []any{micros(tx.now), id, tx.tailnet}
+	}
+	n, err := tx.exec(query, args...)
+	if err == nil && n == 0 {
+		_, err = tx.nodeRow(id)
+		if err == nil {
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("set health of node %d: %w", id, err)
+	}
+	tx.note(KindNodeState, int64(id))
+	return nil
+}
+
 // PutNodeState writes one node's state.
 func (tx *Tx) PutNodeState(id tailcfg.NodeID, s NodeState) error {
 	n, err := tx.putStates(map[tailcfg.NodeID]NodeState{id: s})

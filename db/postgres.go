@@ -17,6 +17,8 @@ import (
 const (
 	// channel is the NOTIFY channel of commits.
 	channel = "signalbox"
+	// mailChannel is that of mail between servers.
+	mailChannel = "signalbox_mail"
 	// pollEvery bounds how long a lost notification delays a follower.
 	pollEvery = time.Second
 	// statementTimeout bounds one statement on the server's side.
@@ -117,6 +119,7 @@ func (s *Store) listen(ctx context.Context) {
 		s.log.WarnContext(ctx, "database listener interrupted", "err", err)
 		// What was committed while nobody listened was not announced here.
 		s.wake.signal()
+		s.posts.signal()
 		wait.sleep(ctx)
 	}
 }
@@ -135,57 +138,71 @@ func (s *Store) listenOnce(ctx context.Context, connected func()) error {
 		defer cancel()
 		c.Close(ctx)
 	}()
-	if _, err := c.Exec(ctx, "LISTEN "+channel); err != nil {
-		return err
+	for _, name := range []string{channel, mailChannel} {
+		if _, err := c.Exec(ctx, "LISTEN "+name); err != nil {
+			return err
+		}
 	}
 	connected()
 	s.wake.signal()
+	s.posts.signal()
 	for {
-		err := notified(ctx, c)
+		name, err := notified(ctx, c)
 		if err != nil {
 			return err
 		}
-		s.wake.signal()
+		if name == mailChannel {
+			s.posts.signal()
+		} else {
+			s.wake.signal()
+		}
 	}
 }
 
-// notified waits for a notification. A quiet connection is asked for an answer
-// now and then: one that is dead gives no sign of it.
-func notified(ctx context.Context, c *pgx.Conn) error {
+// notified waits for a notification and returns its channel. A quiet connection
+// is asked for an answer now and then: one that is dead gives no sign of it.
+func notified(ctx context.Context, c *pgx.Conn) (channel string, err error) {
 	for {
 		wait, cancel := context.WithTimeout(ctx, quietFor)
-		_, err := c.WaitForNotification(wait)
+		n, err := c.WaitForNotification(wait)
 		cancel()
-		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
-			return err
+		if err == nil {
+			return n.Channel, nil
+		}
+		if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			return "", err
 		}
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 		err = c.Ping(ask)
 		cancel()
 		if err != nil {
-			return err
+			return "", err
 		}
 	}
 }
 
-// pollRevisions finds commits whose notification was lost.
+// pollRevisions finds commits and mail whose notification was lost.
 func (s *Store) pollRevisions(ctx context.Context) {
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
-	var last int64
+	var last, lastMail int64
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		var sum int64
+		var sum, mail int64
 		qctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := s.read.QueryRowContext(qctx, "SELECT coalesce(sum(revision), 0)::bigint FROM tailnets").Scan(&sum)
+		err := s.read.QueryRowContext(qctx, "SELECT coalesce(sum(revision), 0)::bigint, (SELECT coalesce(max(id), 0) FROM mail) FROM tailnets").Scan(&sum, &mail)
 		cancel()
 		if err == nil && sum != last {
 			last = sum
 			s.wake.signal()
+		}
+		if err == nil && mail != lastMail {
+			lastMail = mail
+			s.posts.signal()
 		}
 	}
 }

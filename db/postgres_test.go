@@ -114,6 +114,40 @@ func TestPostgresTwoServers(t *testing.T) {
 	}
 }
 
+// Mail that one server posts wakes the other one.
+func TestPostgresMailWakesTheOtherServer(t *testing.T) {
+	dsn := postgres.DSN(t)
+	a, b := newPostgresSite(t, dsn, db.Config{}), newPostgresSite(t, dsn, db.Config{})
+	box, cancel := b.Mailbox()
+	defer cancel()
+	post := func(call string) {
+		t.Helper()
+		_, err := a.Update(t.Context(), a.tailnet, admin, func(tx *db.Tx) error { return tx.PostMail(&db.Mail{From: 1, To: 2, Call: call}) })
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, call := range []string{"first", "second"} {
+		post(call)
+		var got []*db.Mail
+		// The signal of the listener's own beginning may come first.
+		for len(got) == 0 {
+			select {
+			case <-box:
+			case <-time.After(10 * time.Second):
+				t.Fatalf("the %s mail woke nobody", call)
+			}
+			_, err := b.Update(t.Context(), b.tailnet, admin, func(tx *db.Tx) (err error) { got, err = tx.TakeMail(2); return err })
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got[0].Call != call {
+			t.Errorf("took %+v, want the %s", got[0], call)
+		}
+	}
+}
+
 // A server that ends a connection in the middle of a transaction costs a retry,
 // not an error.
 func TestPostgresRetriesLostConnection(t *testing.T) {

@@ -109,6 +109,10 @@ type NodeState struct {
 	Online    bool
 	Instance  int64     // the server that holds the node's stream, 0 for none
 	LastSeen  time.Time // zero: never
+
+	// Unhealthy says that the node does not answer the probes of its server.
+	// Only SetUnhealthy writes it.
+	Unhealthy bool
 }
 
 // An AuthKey admits nodes. The secret itself is never stored.

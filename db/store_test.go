@@ -1,7 +1,9 @@
 package db_test
 
 import (
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -161,6 +163,81 @@ func TestPostgresMinReader(t *testing.T) {
 	// One that ran before goes on: a contracting change comes a version after the last program that needs the old shape.
 	if err := again.register("still-there"); err != nil {
 		t.Error(err)
+	}
+}
+
+// Released migrations never change: databases have run them as they were.
+func TestReleasedMigrationsAreAsTheyWere(t *testing.T) {
+	for dialect, want := range map[string][]string{
+		"sqlite":   {"fb79e2f7e45394d9e3c249cccd1e19b7c30fca53fd3a65ed223e7e0a2ae81a3e"},
+		"postgres": {"014b611a085b76f49ddf24f2a77d7b02f30d94e49157a33f858529b845a88aa1"},
+	} {
+		texts, err := db.MigrationSQL(dialect)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, sum := range want {
+			if got := fmt.Sprintf("%x", sha256.Sum256([]byte(texts[i]))); got != sum {
+				t.Errorf("%s: migration %d has the hash %s, want %s", dialect, i+1, got, sum)
+			}
+		}
+	}
+}
+
+// While servers are upgraded one by one, a program of schema 2 works on schema 3: nothing that it knows may look different.
+func TestThirdSchemaOnlyAdds(t *testing.T) {
+	path := sqliteFile(t)
+	texts, err := db.MigrationSQL("sqlite")
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := raw(t, path)
+	for _, query := range []string{
+		`CREATE TABLE "schema" (version bigint NOT NULL, min_reader bigint NOT NULL)`,
+		`CREATE TABLE migrations (name text NOT NULL PRIMARY KEY, applied bigint NOT NULL)`,
+		texts[0], texts[1], `INSERT INTO "schema" VALUES (2, 1)`,
+		`INSERT INTO tailnets (name, created) VALUES ('default', 1)`,
+		`INSERT INTO users VALUES (1, 1, 'anna', 'anna', '', '', '', '', NULL, '', 1)`,
+	} {
+		if _, err := old.Exec(query); err != nil {
+			t.Fatalf("%v: %.80s", err, query)
+		}
+	}
+	tables := func() map[string]string {
+		rows, err := old.Query("SELECT name, coalesce(sql, '') FROM sqlite_schema")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer rows.Close()
+		out := map[string]string{}
+		for rows.Next() {
+			var name, sql string
+			if err := rows.Scan(&name, &sql); err != nil {
+				t.Fatal(err)
+			}
+			out[name] = sql
+		}
+		return out
+	}
+	before := tables()
+	old.Close()
+	s := newSite(t, path, db.Config{})
+	if s.user.Name != "anna" {
+		t.Errorf("the user is %+v", s.user)
+	}
+	if version, minReader, err := s.SchemaVersion(t.Context()); version != len(texts) || minReader != 1 || err != nil {
+		t.Errorf("schema %d, min_reader %d, %v; want %d and 1", version, minReader, err, len(texts))
+	}
+	if err := s.register("new"); err != nil {
+		t.Error(err)
+	}
+	s.Close()
+	old = raw(t, path)
+	after := tables()
+	for name, sql := range before {
+		if after[name] != sql {
+			t.Errorf("%s became %q, was %q", name, after[name], sql)
+		}
 	}
 }
 

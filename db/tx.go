@@ -19,6 +19,7 @@ type Tx struct {
 	moved  []moved
 	audits []AuditEvent
 	suffix suffix // the newest one that FreeName found
+	mailed bool   // it posted mail
 }
 
 type moved struct {
@@ -61,6 +62,7 @@ func (tx *Tx) keep() {
 		return
 	}
 	tx.conn.store.suffixes.learn(tx.suffix)
+	t.mailed = t.mailed || tx.mailed
 	if len(tx.moved) > 0 {
 		t.revision++
 		for i, m := range tx.moved {

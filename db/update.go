@@ -223,6 +223,9 @@ func (w *writer) commitGroup() {
 			if g.changes > 0 {
 				s.wake.signal()
 			}
+			if g.mailed {
+				s.posts.signal()
+			}
 			return
 		}
 		f, ok := errors.AsType[*storageFault](err)

@@ -38,9 +38,10 @@ func poke(c chan struct{}) {
 func (s *Store) Wake() <-chan struct{} { return s.wake.own }
 
 // Subscribe is Wake for a further consumer. cancel ends it.
-func (s *Store) Subscribe() (ch <-chan struct{}, cancel func()) {
+func (s *Store) Subscribe() (ch <-chan struct{}, cancel func()) { return s.wake.subscribe() }
+
+func (b *broadcast) subscribe() (ch <-chan struct{}, cancel func()) {
 	c := make(chan struct{}, 1)
-	b := s.wake
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.subs[c] = struct{}{}
