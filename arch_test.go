@@ -17,22 +17,23 @@ const module = "github.com/signalbox-net/signalbox/"
 // allowed lists for each part of the tree the parts of ours that it may import. A part stands for itself and all below it that has no line
 // of its own.
 var allowed = map[string][]string{
-	"acl":                 {"acl"},                                                                                 // pure: a policy means the same everywhere
-	"db":                  {"db"},                                                                                  // durable truth, knows nobody
-	"derp":                {"derp"},                                                                                // a relay that knows no tailnet
-	"control/limit":       {},                                                                                      // counts keys, whatever they are
-	"control/h2":          {},                                                                                      // HTTP/2, whoever speaks it
-	"control/noise":       {"control/limit", "control/h2"},                                                         // a shell around any handler
-	"control/tailnet":     {"acl", "db"},                                                                           // the heart
-	"control/netmap":      {"control/tailnet", "acl"},                                                              // bytes from snapshots: never rows
-	"control/register":    {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},    // one of the protocol's parts
-	"control/poll":        {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},    // another
-	"control/sshaction":   {"control/tailnet", "control/noise", "control/register", "acl", "db"},                   // answers by the policy and the rows
-	"control/controltest": {"control", "acl", "db"},                                                                // for tests
-	"control":             {"control", "acl", "db"},                                                                // joins them
-	"web":                 {"web", "control", "control/tailnet", "control/register", "control/limit", "acl", "db"}, // parse, one call, render
-	"cmd":                 {"cmd", "web", "control", "derp", "db", "acl"},                                          // wires
-	"integration":         {"integration"},                                                                         // drives the binary from outside
+	"acl":                 {"acl"},                                                                                                // pure: a policy means the same everywhere
+	"db":                  {"db"},                                                                                                 // durable truth, knows nobody
+	"derp":                {"derp"},                                                                                               // a relay that knows no tailnet
+	"control/limit":       {},                                                                                                     // counts keys, whatever they are
+	"control/h2":          {},                                                                                                     // HTTP/2, whoever speaks it
+	"control/noise":       {"control/limit", "control/h2"},                                                                        // a shell around any handler
+	"control/tailnet":     {"acl", "db"},                                                                                          // the heart
+	"control/netmap":      {"control/tailnet", "acl"},                                                                             // bytes from snapshots: never rows
+	"control/register":    {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},                   // one of the protocol's parts
+	"control/poll":        {"control/tailnet", "control/noise", "control/limit", "control/netmap", "acl", "db"},                   // another
+	"control/sshaction":   {"control/tailnet", "control/noise", "control/register", "acl", "db"},                                  // answers by the policy and the rows
+	"control/c2n":         {"control/tailnet", "control/noise", "db"},                                                             // hands words to streams, touches none
+	"control/controltest": {"control", "acl", "db"},                                                                               // for tests
+	"control":             {"control", "acl", "db"},                                                                               // joins them
+	"web":                 {"web", "control", "control/tailnet", "control/register", "control/c2n", "control/limit", "acl", "db"}, // parse, one call, render
+	"cmd":                 {"cmd", "web", "control", "derp", "db", "acl"},                                                         // wires
+	"integration":         {"integration"},                                                                                        // drives the binary from outside
 }
 
 // forbidden names foreign packages that must not come with a part, however far down, and why.

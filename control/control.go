@@ -24,6 +24,7 @@ import (
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
+	"github.com/signalbox-net/signalbox/control/c2n"
 	"github.com/signalbox-net/signalbox/control/limit"
 	"github.com/signalbox-net/signalbox/control/noise"
 	"github.com/signalbox-net/signalbox/control/poll"
@@ -62,6 +63,7 @@ type Config struct {
 	ReturnGrace time.Duration
 
 	KeepAlive, Grace, Stall time.Duration // see poll.Config
+	CallTimeout             time.Duration // see c2n.Config
 }
 
 // A Server is the control server.
@@ -71,6 +73,7 @@ type Server struct {
 	Noise    *noise.Server
 	Poll     *poll.Server
 	Register *register.Registrar
+	C2N      *c2n.Server
 	ssh      *sshaction.Server
 	reports  *limit.Table // audit records of clients
 	started  time.Time
@@ -98,6 +101,9 @@ func New(cfg Config) (*Server, error) {
 	})
 	s.ssh = sshaction.New(sshaction.Config{
 		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Registrar: s.Register, ServerURL: cfg.ServerURL, Log: cfg.Log, Now: cfg.Now,
+	})
+	s.C2N = c2n.New(c2n.Config{
+		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Instance: cfg.Instance.ID, Streams: s.Poll, Timeout: cfg.CallTimeout, Log: cfg.Log,
 	})
 	var err error
 	s.Noise, err = noise.New(noise.Config{
@@ -130,6 +136,7 @@ func (s *Server) inside() http.Handler {
 		r.Post("/machine/audit-log", s.auditLog)
 		r.Post("/machine/feature/query", s.feature)
 		s.ssh.Routes(r)
+		s.C2N.Routes(r)
 	})
 	return r
 }
@@ -279,6 +286,7 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return s.cfg.Replica.Run(ctx) })
 	g.Go(func() error { return s.cfg.Ledger.Run(ctx) })
 	g.Go(func() error { return s.Poll.Run(ctx) })
+	g.Go(func() error { return s.C2N.Run(ctx) })
 	g.Go(func() error { return s.duties(ctx) })
 	return g.Wait()
 }

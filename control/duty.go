@@ -164,8 +164,10 @@ func (s *Server) sweep(ctx context.Context) {
 		if _, err := tx.SweepAuthRequests(); err != nil {
 			return err
 		}
-		_, err := tx.SweepTombstones()
-		return err
+		if _, err := tx.SweepTombstones(); err != nil {
+			return err
+		}
+		return tx.SweepMail()
 	})
 	if err := s.cfg.Store.Prune(ctx); err != nil && ctx.Err() == nil {
 		s.log.Error("prune the change log", "err", err)

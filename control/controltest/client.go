@@ -3,6 +3,7 @@ package controltest
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/binary"
@@ -38,6 +39,11 @@ type Client struct {
 
 	Endpoints []netip.AddrPort
 	HomeDERP  int
+
+	// Host is the host by which the client calls the server; "" is "unused". Calls to the node have to come back under it.
+	Host string
+	// C2N answers the HTTP requests that are made to the node; nil is StockC2N.
+	C2N http.Handler
 
 	// Window is the flow-control window of a stream, which is how much of a map an idle reader takes in; 0 is HTTP/2's large one. It is read at
 	// the first request.
@@ -159,12 +165,33 @@ func (c *Client) Send(ctx context.Context, method, path string, body any) (*http
 		}
 		text = string(b)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "https://unused"+path, bytes.NewReader([]byte(text)))
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+c.host()+path, bytes.NewReader([]byte(text)))
 	if err != nil {
 		return nil, err
 	}
 	return c.cc.RoundTrip(req)
 }
+
+// SendBody is Send with a body of unknown length. It returns the status.
+func (c *Client) SendBody(ctx context.Context, method, path string, body io.Reader) (int, error) {
+	cc, err := c.Dial()
+	if err != nil {
+		return 0, err
+	}
+	defer cc.Close()
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+c.host()+path, body)
+	if err != nil {
+		return 0, err
+	}
+	res, err := cc.RoundTrip(req)
+	if err != nil {
+		return 0, err
+	}
+	defer res.Body.Close()
+	return res.StatusCode, nil
+}
+
+func (c *Client) host() string { return cmp.Or(c.Host, "unused") }
 
 // Do is Send followed by reading the answer. The test fails when there is none.
 func (c *Client) Do(method, path string, body any) (status int, answer string) {
@@ -247,6 +274,8 @@ type Stream struct {
 	view     View
 	messages []*tailcfg.MapResponse
 	frames   [][]byte
+	pings    pinger
+	answers  []Answer
 	err      error
 }
 
@@ -288,8 +317,17 @@ func (c *Client) Stalled(change func(*tailcfg.MapRequest)) (*Stream, int) {
 		cancel()
 		return nil, res.StatusCode
 	}
-	return &Stream{s: c.s, body: res.Body, cancel: cancel, moved: make(chan struct{})}, res.StatusCode
+	handler := c.C2N
+	if handler == nil {
+		handler = StockC2N
+	}
+	return &Stream{
+		s: c.s, body: res.Body, cancel: cancel, moved: make(chan struct{}), pings: pinger{conn: c.cc, host: c.host(), c2n: handler},
+	}, res.StatusCode
 }
+
+// Read begins to read a stream of Stalled.
+func (st *Stream) Read() { go st.read() }
 
 // maxMessage bounds what a stream may send at once.
 const maxMessage = 64 << 20
@@ -308,6 +346,9 @@ func (st *Stream) read() {
 			st.frames = append(st.frames, z)
 			st.messages = append(st.messages, m)
 			st.view.Apply(m)
+			if m.PingRequest != nil {
+				st.ping(m.PingRequest)
+			}
 		}
 		close(st.moved)
 		st.moved = make(chan struct{})

@@ -168,5 +168,10 @@ func Farewell(n *tailnet.Node, domain string, relays *tailcfg.DERPMap) Message {
 	}))}}
 }
 
+// Ping has a client call back, by the address in p. Clients pass over a ping whose address is that of the one before.
+func Ping(p *tailcfg.PingRequest) Message {
+	return Message{Frames: []Frame{frame(must(&tailcfg.MapResponse{PingRequest: p}))}}
+}
+
 // longAgo is a key expiry that every clock agrees on.
 var longAgo = time.Unix(123, 0).UTC()

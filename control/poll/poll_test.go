@@ -15,6 +15,7 @@ import (
 
 	"github.com/signalbox-net/signalbox/control"
 	"github.com/signalbox-net/signalbox/control/controltest"
+	"github.com/signalbox-net/signalbox/control/poll"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
@@ -669,4 +670,66 @@ func TestDialPlanReachesClients(t *testing.T) {
 	set(`{"Candidates": null}`)
 	a.Wait("its end", has(0))
 	b.Wait("its end", has(0))
+}
+
+// TestWordsComeAfterTheFirstMap has a stream that cannot send its first map take a few words, and say them when it could.
+func TestWordsComeAfterTheFirstMap(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	word := func(url string) poll.Word {
+		return func(authority string) *tailcfg.PingRequest {
+			if url == "" {
+				return nil
+			}
+			return &tailcfg.PingRequest{URL: "https://" + authority + url, URLIsNoise: true}
+		}
+	}
+	if held, _ := g.Poll.Say(4711, word("/x")); held {
+		t.Error("a node that does not exist has a stream")
+	}
+	slow := g.stuck()
+	slow.Host = "control.mesh.test"
+	id := slow.ID()
+	st, status := slow.Stalled(nil)
+	if st == nil {
+		t.Fatalf("status %d", status)
+	}
+	taken := 0
+	for ; taken < 1000; taken++ {
+		url := fmt.Sprint("/", taken)
+		if taken == 1 {
+			url = ""
+		}
+		held, said := g.Poll.Say(id, word(url))
+		if !held {
+			t.Fatal("the stream is not there")
+		}
+		if !said {
+			break
+		}
+	}
+	if taken < 2 || taken > 20 || g.Poll.Told(id) {
+		t.Errorf("a stuck stream took %d words; told: %v", taken, g.Poll.Told(id))
+	}
+	st.Silence(true)
+	st.Read()
+	st.Message("the last word", func(m *tailcfg.MapResponse) bool {
+		return m.PingRequest != nil && m.PingRequest.URL == fmt.Sprint("https://control.mesh.test/", taken-1)
+	})
+	messages, _ := st.Messages()
+	var urls []string
+	for i, m := range messages {
+		if m.PingRequest == nil {
+			continue
+		}
+		if urls = append(urls, m.PingRequest.URL); i < 2 {
+			t.Errorf("message %d is a word: %+v", i, m)
+		}
+	}
+	if len(urls) != taken-1 || urls[1] != "https://control.mesh.test/2" {
+		t.Errorf("%d words were taken and one was void, said were %q", taken, urls)
+	}
+	if !g.Poll.Told(id) {
+		t.Error("the stream does not count as told")
+	}
 }

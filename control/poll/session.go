@@ -23,6 +23,8 @@ type Session struct {
 	node    tailcfg.NodeID
 	key     key.NodePublic // as the client knows itself; another key of the node means that this stream is over
 	raw     bool
+	host    string // by which the client calls this server
+	words   chan Word
 	w       http.ResponseWriter
 	ctl     *http.ResponseController
 	cancel  context.CancelCauseFunc
@@ -32,6 +34,7 @@ type Session struct {
 
 	at      *tailnet.Snapshot // what the client was last brought to; owned by run
 	rev     atomic.Int64      // revision of at
+	told    atomic.Bool       // the first map was handed over
 	busy    atomic.Int64      // unix nanoseconds at which the write under way last made progress; 0 when none is
 	written atomic.Int64      // bytes
 	stalled atomic.Bool       // dropped for its reader
@@ -69,7 +72,7 @@ func (s *Server) serveStream(w http.ResponseWriter, r *http.Request, n *tailnet.
 	defer cancel(nil)
 	x := &Session{
 		srv: s, node: n.ID, key: req.NodeKey, raw: req.Compress == "", w: w, ctl: http.NewResponseController(w), cancel: cancel, Started: s.cfg.Now(),
-		readOnly: req.ReadOnly,
+		readOnly: req.ReadOnly, host: r.Host, words: make(chan Word, maxWords),
 	}
 	defer x.finish()
 	// Content-Length and sniffing would make net/http hold the first bytes back.
@@ -269,6 +272,7 @@ func (x *Session) run(ctx context.Context) error {
 	if err := x.full(ctx); err != nil {
 		return err
 	}
+	x.told.Store(true)
 	alive := time.NewTimer(x.pause())
 	defer alive.Stop()
 	rep := x.srv.cfg.Replica
@@ -283,6 +287,13 @@ func (x *Session) run(ctx context.Context) error {
 		}
 		select {
 		case <-news:
+		case word := <-x.words:
+			if p := word(x.host); p != nil {
+				if err := x.write(netmap.Pieces(netmap.Ping(p), x.raw)); err != nil {
+					return err
+				}
+				alive.Reset(x.pause())
+			}
 		case <-alive.C:
 			if err := x.keepAlive(); err != nil {
 				return err
@@ -292,6 +303,42 @@ func (x *Session) run(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// maxWords is how many pings wait for one stream to say them. There are more only when its reader makes no progress.
+const maxWords = 8
+
+// A Word makes a ping request in the moment in which the stream says it; nil when nobody waits for the answer any more. authority is the host
+// by which the client calls this server: a client reaches it through the connection that it has, at another one it may reach nothing.
+type Word = func(authority string) *tailcfg.PingRequest
+
+// Say has the stream of a node say word, after its first map. held is whether the node has a stream here, said whether that has taken the word:
+// one that cannot keep up takes no more than a few.
+func (s *Server) Say(id tailcfg.NodeID, word Word) (held, said bool) {
+	s.mu.Lock()
+	a := s.nodes[id]
+	var x *Session
+	if a != nil {
+		x = a.session
+	}
+	s.mu.Unlock()
+	if x == nil {
+		return false, false
+	}
+	select {
+	case x.words <- word:
+		return true, true
+	default:
+		return true, false
+	}
+}
+
+// Told reports whether the node has a stream here that has taken its first map.
+func (s *Server) Told(id tailcfg.NodeID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := s.nodes[id]
+	return a != nil && a.session != nil && a.session.told.Load()
 }
 
 // pause is the time to the next KeepAlive.
