@@ -62,6 +62,10 @@ type Config struct {
 	// 0 means 90 s.
 	ReturnGrace time.Duration
 
+	// ProbeInterval is the time between two probes of a router that shares a route with another one; 0 means 10 s, less than 0 that there are
+	// none. ProbeTimeout is how long an answer may take; 0 means 5 s. Two misses in a row make a router unhealthy.
+	ProbeInterval, ProbeTimeout time.Duration
+
 	KeepAlive, Grace, Stall time.Duration // see poll.Config
 	CallTimeout             time.Duration // see c2n.Config
 }
@@ -79,6 +83,7 @@ type Server struct {
 	started  time.Time
 	rival    atomic.Bool
 	sick     bool // owned by duties: the last look at the database found a fault
+	probes   probes
 	signs    signs
 }
 
@@ -92,6 +97,12 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.ReturnGrace == 0 {
 		cfg.ReturnGrace = 90 * time.Second
+	}
+	if cfg.ProbeInterval == 0 {
+		cfg.ProbeInterval = 10 * time.Second
+	}
+	if cfg.ProbeTimeout == 0 {
+		cfg.ProbeTimeout = 5 * time.Second
 	}
 	s := &Server{cfg: cfg, log: cfg.Log, reports: limit.New(1, 60), started: cfg.Now()}
 	s.Poll = poll.New(poll.Config{Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Log: cfg.Log, Now: cfg.Now, KeepAlive: cfg.KeepAlive, Grace: cfg.Grace, Stall: cfg.Stall})
@@ -287,6 +298,7 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return s.cfg.Ledger.Run(ctx) })
 	g.Go(func() error { return s.Poll.Run(ctx) })
 	g.Go(func() error { return s.C2N.Run(ctx) })
+	g.Go(func() error { return s.watchRouters(ctx) })
 	g.Go(func() error { return s.duties(ctx) })
 	return g.Wait()
 }

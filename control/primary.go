@@ -2,7 +2,6 @@ package control
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"slices"
 
@@ -12,23 +11,29 @@ import (
 	"github.com/signalbox-net/signalbox/db"
 )
 
-// electPrimaries keeps a living router in front of every prefix that several routers serve. The default, the router with the lowest id, needs
-// no row; a row is written when another has to stand in, and stays while that one is well, so that routes do not flap.
-func (s *Server) electPrimaries(ctx context.Context) {
-	snap := s.cfg.Replica.Current()
-	routers := map[netip.Prefix][]*tailnet.Node{}
+// routers are the living routers of each route, by id. Exit nodes are not among them: clients choose those by themselves.
+func routers(snap *tailnet.Snapshot) map[netip.Prefix][]*tailnet.Node {
+	out := map[netip.Prefix][]*tailnet.Node{}
 	for _, n := range snap.Nodes() {
 		if n == nil || n.Dead() {
 			continue
 		}
 		for _, r := range n.Routes() {
 			if r.Bits() > 0 {
-				routers[r] = append(routers[r], n)
+				out[r] = append(out[r], n)
 			}
 		}
 	}
+	return out
+}
+
+// electPrimaries keeps a router that works in front of every prefix that several routers serve. The default, the router with the lowest id,
+// needs no row; a row is written when another has to stand in, and stays while that one is well, so that routes do not flap.
+func (s *Server) electPrimaries(ctx context.Context) {
+	snap := s.cfg.Replica.Current()
+	routers := routers(snap)
 	rows, via := snap.ACLTailnet().Primaries, snap.Access().ViaGroups()
-	set, drop := map[netip.Prefix]standIn{}, []netip.Prefix{}
+	due, drop := map[netip.Prefix][][]*tailnet.Node{}, []netip.Prefix{}
 	for prefix, list := range routers {
 		groups := [][]*tailnet.Node{list}
 		for _, slots := range via {
@@ -36,8 +41,8 @@ func (s *Server) electPrimaries(ctx context.Context) {
 				groups = append(groups, g)
 			}
 		}
-		if c, ok := choose(groups, rows[prefix]); ok {
-			set[prefix] = c
+		if _, ok := choose(groups, rows[prefix]); ok {
+			due[prefix] = groups
 		}
 	}
 	for prefix := range rows {
@@ -45,7 +50,7 @@ func (s *Server) electPrimaries(ctx context.Context) {
 			drop = append(drop, prefix)
 		}
 	}
-	if len(set) == 0 && len(drop) == 0 {
+	if len(due) == 0 && len(drop) == 0 {
 		return
 	}
 	s.do(ctx, "elect primary routers", func(tx *db.Tx) error {
@@ -53,18 +58,19 @@ func (s *Server) electPrimaries(ctx context.Context) {
 		if err != nil {
 			return err
 		}
-		for prefix, c := range set {
-			// Another server may have seen the same, and a router may be back.
-			if rec, err := tx.Node(c.gone); now[prefix] != rows[prefix] || err == nil && rec.State.Online {
-				continue
-			} else if err != nil && !errors.Is(err, db.ErrNotFound) {
+		for prefix, groups := range due {
+			if now[prefix] != rows[prefix] {
+				continue // another server has seen the same
+			}
+			// A router may be back, or gone.
+			groups, err := stored(tx, groups)
+			if err != nil {
 				return err
 			}
-			if rec, err := tx.Node(c.next); err != nil || !rec.State.Online {
-				continue
-			}
-			if err := tx.SetPrimary(prefix, c.next); err != nil {
-				return err
+			if next, ok := choose(groups, rows[prefix]); ok {
+				if err := tx.SetPrimary(prefix, next); err != nil {
+					return err
+				}
 			}
 		}
 		for _, prefix := range drop {
@@ -85,41 +91,71 @@ func among(list []*tailnet.Node, slots []int) (out []*tailnet.Node) {
 	return out
 }
 
-// standIn is a router that takes the place of another.
-type standIn struct{ gone, next tailcfg.NodeID }
+// stored is the groups as the database has their members now.
+func stored(tx *db.Tx, groups [][]*tailnet.Node) ([][]*tailnet.Node, error) {
+	var ids []tailcfg.NodeID
+	for _, n := range groups[0] {
+		ids = append(ids, n.ID)
+	}
+	recs, err := tx.NodesByID(ids)
+	if err != nil {
+		return nil, err
+	}
+	out := make([][]*tailnet.Node, len(groups))
+	for i, g := range groups {
+		for _, n := range g {
+			if rec := recs[n.ID]; rec != nil {
+				out[i] = append(out[i], &tailnet.Node{Node: rec, Slot: n.Slot})
+			}
+		}
+	}
+	return out, nil
+}
+
+// fitness says how well a router can serve: best is one that is online and not known to be silent.
+func fitness(n *tailnet.Node) int {
+	switch {
+	case !n.State.Online:
+		return 0
+	case n.State.Unhealthy:
+		return 1
+	}
+	return 2
+}
 
 // choose looks for a router that has to stand in. Each group elects for itself, all routers of a prefix and those that a grant steers to with
-// via: the router of the row, if it is a member, else the first. As a prefix has one row for all of them, a change has to leave fewer groups
-// with a router that is gone, whatever it does to the order; so it is never taken back without need.
-func choose(groups [][]*tailnet.Node, row tailcfg.NodeID) (c standIn, ok bool) {
-	lost, gone := dark(groups, row)
+// via: the router of the row, if it is a member, else the first. As a prefix has one row for all of them, a change has to make the groups'
+// routers fitter on the whole, whatever it does to the order; so it is never taken back without need.
+func choose(groups [][]*tailnet.Node, row tailcfg.NodeID) (next tailcfg.NodeID, ok bool) {
+	lost := lack(groups, row)
 	if lost == 0 {
-		return c, false
+		return 0, false
 	}
 	for _, n := range groups[0] {
 		if !n.State.Online {
 			continue
 		}
-		if left, _ := dark(groups, n.ID); left < lost {
-			lost, c, ok = left, standIn{gone, n.ID}, true
+		if left := lack(groups, n.ID); left < lost {
+			lost, next, ok = left, n.ID, true
 		}
 	}
-	return c, ok
+	return next, ok
 }
 
-// dark counts the groups that would elect an offline router although another is online, and returns the first such router.
-func dark(groups [][]*tailnet.Node, row tailcfg.NodeID) (count int, gone tailcfg.NodeID) {
+// lack sums up how much fitter than its router each group's fittest member is.
+func lack(groups [][]*tailnet.Node, row tailcfg.NodeID) (sum int) {
 	for _, g := range groups {
-		cur := g[0]
-		if i := slices.IndexFunc(g, func(n *tailnet.Node) bool { return n.ID == row }); i >= 0 {
-			cur = g[i]
-		}
-		if cur.State.Online || !slices.ContainsFunc(g, func(n *tailnet.Node) bool { return n.State.Online }) {
+		if len(g) == 0 {
 			continue
 		}
-		if count++; count == 1 {
-			gone = cur.ID
+		cur, best := g[0], 0
+		for _, n := range g {
+			if n.ID == row {
+				cur = n
+			}
+			best = max(best, fitness(n))
 		}
+		sum += best - fitness(cur)
 	}
-	return count, gone
+	return sum
 }

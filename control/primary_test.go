@@ -11,7 +11,7 @@ import (
 
 func TestChoosePrimary(t *testing.T) {
 	for name, c := range map[string]struct {
-		online string   // by id, from 1: + or -
+		online string   // by id, from 1: +, - or ? (unhealthy)
 		groups []string // members by id; the first group is all routers
 		row    tailcfg.NodeID
 		want   tailcfg.NodeID // 0: nothing changes
@@ -30,12 +30,21 @@ func TestChoosePrimary(t *testing.T) {
 		"no group suffers for another":   {"--++-+", []string{"123456", "13", "24", "56"}, 3, 0},
 		"a second group may be helped":   {"++-+-+", []string{"123456", "34", "56"}, 0, 4},
 		"a group without anybody online": {"+--", []string{"123", "23"}, 0, 0},
+		"default silent":                 {"?+", []string{"12"}, 0, 2},
+		"default answers again":          {"++", []string{"12"}, 2, 0},
+		"stand-in silent":                {"+?", []string{"12"}, 2, 1},
+		"all silent":                     {"??", []string{"12"}, 0, 0},
+		"all silent, a row":              {"??", []string{"12"}, 2, 0},
+		"silent is better than gone":     {"-?", []string{"12"}, 0, 2},
+		"well is better than silent":     {"-?+", []string{"123"}, 0, 3},
+		"silent and the other gone":      {"?-", []string{"12"}, 0, 0},
+		"silent in a group":              {"+?+", []string{"123", "23"}, 0, 3},
 	} {
 		t.Run(name, func(t *testing.T) {
 			nodes := map[rune]*tailnet.Node{}
 			for i, state := range c.online {
 				id := tailcfg.NodeID(i + 1)
-				nodes[rune('1'+i)] = &tailnet.Node{Node: &db.Node{ID: id, State: db.NodeState{Online: state == '+'}}, Slot: i}
+				nodes[rune('1'+i)] = &tailnet.Node{Node: &db.Node{ID: id, State: db.NodeState{Online: state != '-', Unhealthy: state == '?'}}, Slot: i}
 			}
 			var groups [][]*tailnet.Node
 			for _, members := range c.groups {
@@ -46,17 +55,14 @@ func TestChoosePrimary(t *testing.T) {
 				groups = append(groups, g)
 			}
 			got, ok := choose(groups, c.row)
-			if got.next != c.want || ok != (c.want != 0) {
-				t.Fatalf("chose %+v %v, want %d", got, ok, c.want)
+			if got != c.want || ok != (c.want != 0) {
+				t.Fatalf("chose %d %v, want %d", got, ok, c.want)
 			}
 			if !ok {
 				return
 			}
-			if nodes[rune('0'+got.gone)].State.Online {
-				t.Errorf("%d is online and has to go", got.gone)
-			}
-			if again, ok := choose(groups, got.next); ok && again.next == c.row {
-				t.Errorf("taken back at once: %+v", again)
+			if again, ok := choose(groups, got); ok && again == c.row {
+				t.Errorf("taken back at once: %d", again)
 			}
 		})
 	}

@@ -212,6 +212,11 @@ func (s *Server) here(ctx context.Context, n *tailnet.Node, req *request, probe 
 	case a := <-c.done:
 		return a, a.err
 	case <-ctx.Done():
+	}
+	select {
+	case a := <-c.done: // it came in the same moment
+		return a, a.err
+	default:
 		return answer{}, ctx.Err()
 	}
 }

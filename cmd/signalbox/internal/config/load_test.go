@@ -56,6 +56,8 @@ func TestProblemsNamePlaceKeyAndRemedy(t *testing.T) {
 		"no scheme":     {"server_url: mesh.example.com\n", nil, Overrides{}, []string{"server_url: want http://HOST[:PORT] or https://HOST[:PORT]"}},
 		"base domain":   {"server_url: https://hs.example.com\ndns:\n  base_domain: example.com\n", nil, Overrides{}, []string{"config.yaml:3:3: dns.base_domain: example.com contains hs.example.com"}},
 		"override":      {"dns:\n  override_local_dns: true\n", nil, Overrides{}, []string{"config.yaml:2:3: dns.override_local_dns: needs an entry in dns.nameservers.global"}},
+		"probes":        {"node:\n  routes:\n    ha:\n      probe_interval: 2s\n", nil, Overrides{}, []string{"node.routes.ha.probe_timeout: want more than 0 and not more than node.routes.ha.probe_interval (2s), got 5s"}},
+		"probe pace":    {"node:\n  routes:\n    ha:\n      probe_interval: 100ms\n      probe_timeout: 100ms\n", nil, Overrides{}, []string{"config.yaml:4:7: node.routes.ha.probe_interval: want 0 or at least 1s, got 100ms"}},
 		"ephemeral":     {"node:\n  ephemeral:\n    inactivity_timeout: 65s\n", nil, Overrides{}, []string{"config.yaml:3:5: node.ephemeral.inactivity_timeout: want more than 65s, got 1m5s"}},
 		"half a pair":   {"server_url: https://a.example\ntls_cert_path: c.pem\n", nil, Overrides{}, []string{"config.yaml:2:1: tls_cert_path: needs tls_key_path"}},
 		"two certs":     {"server_url: https://a.example\ntls_cert_path: c\ntls_key_path: k\ntls_letsencrypt_hostname: a.example\n", nil, Overrides{}, []string{"config.yaml:4:1: tls_letsencrypt_hostname: contradicts tls_cert_path"}},

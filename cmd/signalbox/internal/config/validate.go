@@ -29,6 +29,9 @@ const MaxDialCandidates = 16
 // maxDialTime is the longest that clients take to connect by a plan.
 const maxDialTime = time.Minute
 
+// MinProbeInterval keeps probes from becoming a load.
+const MinProbeInterval = time.Second
+
 var (
 	cgnat = netip.MustParsePrefix("100.64.0.0/10")
 	ula   = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
@@ -347,6 +350,14 @@ func (l *loader) validateRest() {
 	}
 	if t := c.Node.Ephemeral.InactivityTimeout; t <= MinEphemeralTimeout {
 		l.fault("node.ephemeral.inactivity_timeout", "want more than 65s, got %s: a client that loses its connection may take a minute to come back", FormatDuration(t))
+	}
+	if ha := c.Node.Routes.HA; ha.ProbeInterval != 0 {
+		if ha.ProbeInterval < MinProbeInterval {
+			l.fault("node.routes.ha.probe_interval", "want 0 or at least %s, got %s", FormatDuration(MinProbeInterval), FormatDuration(ha.ProbeInterval))
+		}
+		if ha.ProbeTimeout <= 0 || ha.ProbeTimeout > ha.ProbeInterval {
+			l.fault("node.routes.ha.probe_timeout", "want more than 0 and not more than node.routes.ha.probe_interval (%s), got %s", FormatDuration(ha.ProbeInterval), FormatDuration(ha.ProbeTimeout))
+		}
 	}
 	switch {
 	case c.Policy.Mode == "file" && c.Policy.Path == "":

@@ -205,6 +205,7 @@ func nodeDetail(snap *tailnet.Snapshot, n *tailnet.Node) any {
 		Cap        tailcfg.CapabilityVersion      `json:"capabilityVersion"`
 		Routes     []netip.Prefix                 `json:"routes"`
 		Online     bool                           `json:"online"`
+		Unhealthy  bool                           `json:"unhealthy"` // it does not answer probes
 		Server     int64                          `json:"server"` // that holds its stream
 		Expired    bool                           `json:"expired"`
 		Peers      []peer                         `json:"peers"`
@@ -213,7 +214,7 @@ func nodeDetail(snap *tailnet.Snapshot, n *tailnet.Node) any {
 	}{
 		Revision: int64(snap.Revision()), ID: int64(n.ID), Slot: n.Slot, Name: n.FQDN, User: int64(n.User), Tags: n.Tags, NodeKey: n.NodeKey.ShortString(),
 		MachineKey: n.MachineKey.ShortString(), Addresses: []netip.Addr{}, Endpoints: n.State.Endpoints, HomeDERP: n.State.HomeDERP, Cap: n.State.Cap,
-		Routes: n.Routes(), Online: n.State.Online, Server: n.State.Instance, Expired: n.Dead(), Peers: []peer{}, Caps: map[tailcfg.NodeCapability]int{},
+		Routes: n.Routes(), Online: n.State.Online, Unhealthy: n.State.Unhealthy, Server: n.State.Instance, Expired: n.Dead(), Peers: []peer{}, Caps: map[tailcfg.NodeCapability]int{},
 	}
 	for _, a := range []netip.Addr{n.IPv4, n.IPv6} {
 		if a.IsValid() {

@@ -65,6 +65,7 @@ func (s *server) metrics() *prometheus.Registry {
 	if s.relay != nil {
 		r.MustRegister(relayMetrics{s.relay})
 	}
+	s.callMetrics(r)
 	return r.Registry
 }
 
@@ -169,4 +170,19 @@ func (s *server) noiseMetrics(r registry) {
 	r.count("noise_malformed_total", "Handshakes refused: not well-formed.", func() int64 { return n.Counts().Malformed })
 	r.count("noise_limited_total", "Handshakes refused: over the limit of their source.", func() int64 { return n.Counts().Limited })
 	r.count("noise_busy_total", "Handshakes refused: no room.", func() int64 { return n.Counts().Busy })
+}
+
+func (s *server) callMetrics(r registry) {
+	r.gauge("routers_unhealthy", "Subnet routers that do not answer probes.", s.unhealthy)
+	r.count("node_calls_total", "Calls that this server's streams have said to nodes.", s.control.C2N.Calls.Load)
+	r.count("node_calls_unanswered_total", "Calls to nodes that got no answer.", s.control.C2N.Unanswered.Load)
+}
+
+func (s *server) unhealthy() (n float64) {
+	for _, node := range s.replica.Current().Nodes() {
+		if node != nil && node.State.Unhealthy {
+			n++
+		}
+	}
+	return n
 }

@@ -166,6 +166,10 @@ func (s *server) build(ctx context.Context) error {
 		Store: s.store, Replica: s.replica, Ledger: s.ledger, NoiseKey: s.secrets.noise, IDKey: s.secrets.id, Instance: s.self,
 		ServerURL: s.cfg.ServerURL, Pools: s.pools(), NodeExpiry: s.cfg.Node.Expiry, EphemeralTimeout: s.cfg.Node.Ephemeral.InactivityTimeout,
 		Reserved: s.reserved(), Source: listener.ClientAddr, Identify: listener.Identifier, Log: s.log,
+		ProbeInterval: s.cfg.Node.Routes.HA.ProbeInterval, ProbeTimeout: s.cfg.Node.Routes.HA.ProbeTimeout,
+	}
+	if cfg.ProbeInterval == 0 {
+		cfg.ProbeInterval = -1 // none
 	}
 	if s.relay != nil {
 		cfg.Revoke = s.relay.Revoke
