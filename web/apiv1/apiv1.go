@@ -35,6 +35,7 @@ type Config struct {
 	Replica  Replica
 	Register Registrar
 	Auth     *auth.Checker
+	Calls    Caller
 
 	// Instance is this server's row, for the list of servers. 0: unknown.
 	Instance int64

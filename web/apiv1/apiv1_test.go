@@ -22,6 +22,8 @@ import (
 	"tailscale.com/types/key"
 
 	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/control/c2n"
+	"github.com/signalbox-net/signalbox/control/poll"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 	"github.com/signalbox-net/signalbox/web/auth"
@@ -81,6 +83,8 @@ func newWorld(t *testing.T, with ...func(*Config)) *world {
 		Store: w.store, Tailnet: w.tailnet, Ledger: w.ledger, Replica: w.replica, Pools: testPools, Now: w.now,
 		Auth: auth.New(auth.Config{Store: w.store, Now: w.now}),
 	}
+	streams := poll.New(poll.Config{Store: w.store, Replica: w.replica, Ledger: w.ledger})
+	w.config.Calls = c2n.New(c2n.Config{Store: w.store, Replica: w.replica, Ledger: w.ledger, Streams: streams})
 	for _, f := range with {
 		f(&w.config)
 	}

@@ -27,6 +27,8 @@ func (s *server) ownRoutes(m chi.Router) {
 	m.Post("/policy/versions/{id}/rollback", s.handle(s.rollbackPolicy))
 	m.Post("/policy/diff", s.handleBody(s.diffPolicy))
 	m.Get("/policy/explain", s.handle(s.explainPolicy))
+	m.Post("/node/{id}/ping", s.handleBody(s.pingNode))
+	m.Post("/node/{id}/c2n", s.handleBody(s.callNode))
 	m.Get("/servers", s.handle(s.listServers))
 	m.Get("/audit", s.handle(s.listAudit))
 }

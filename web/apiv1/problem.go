@@ -8,6 +8,7 @@ import (
 	"net/http"
 
 	"github.com/signalbox-net/signalbox/acl"
+	"github.com/signalbox-net/signalbox/control/c2n"
 	"github.com/signalbox-net/signalbox/control/register"
 	"github.com/signalbox-net/signalbox/db"
 	"github.com/signalbox-net/signalbox/web/auth"
@@ -83,6 +84,18 @@ func problem(err error) *Problem {
 		return newProblem(http.StatusConflict, err.Error(), nil)
 	case errors.Is(err, register.ErrNeedsUser), errors.Is(err, register.ErrTagsRefused):
 		return newProblem(http.StatusBadRequest, err.Error(), nil)
+	case errors.Is(err, c2n.ErrUnknownNode):
+		return newProblem(http.StatusNotFound, err.Error(), nil)
+	case errors.Is(err, c2n.ErrOffline):
+		return newProblem(http.StatusConflict, c2n.ErrOffline.Error(), nil)
+	case errors.Is(err, c2n.ErrTimeout):
+		return newProblem(http.StatusGatewayTimeout, c2n.ErrTimeout.Error(), nil)
+	case errors.Is(err, c2n.ErrBusy):
+		return newProblem(http.StatusTooManyRequests, c2n.ErrBusy.Error(), nil)
+	case errors.Is(err, c2n.ErrTooLarge):
+		return newProblem(http.StatusBadGateway, c2n.ErrTooLarge.Error(), nil)
+	case errors.Is(err, c2n.ErrBadAnswer):
+		return newProblem(http.StatusBadGateway, c2n.ErrBadAnswer.Error(), nil)
 	case errors.Is(err, db.ErrNotFound):
 		return newProblem(http.StatusNotFound, "no such thing", nil)
 	case errors.Is(err, db.ErrExists):
@@ -114,7 +127,9 @@ var grpcCodes = map[int]int{
 	http.StatusUnsupportedMediaType:  3,
 	http.StatusTooManyRequests:       8,  // RESOURCE_EXHAUSTED
 	http.StatusInternalServerError:   13, // INTERNAL
+	http.StatusBadGateway:            14, // UNAVAILABLE
 	http.StatusServiceUnavailable:    14, // UNAVAILABLE
+	http.StatusGatewayTimeout:        4,  // DEADLINE_EXCEEDED
 }
 
 func newProblem(status int, detail string, fields []ProblemField) *Problem {
@@ -127,7 +142,8 @@ func newProblem(status int, detail string, fields []ProblemField) *Problem {
 // refuse answers with the problem that err is.
 func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	p := problem(err)
-	if p.Status >= 500 && r.Context().Err() == nil {
+	// That a node does not answer is the answer.
+	if p.Status >= 500 && p.Status != http.StatusGatewayTimeout && r.Context().Err() == nil {
 		s.log.Error("api v1", "method", r.Method, "route", pattern(r), "status", p.Status, "err", err)
 	}
 	if p.Status == http.StatusServiceUnavailable {

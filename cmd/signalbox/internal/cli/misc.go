@@ -123,7 +123,7 @@ func (m *program) debugCmd() *cobra.Command {
 	cmd.Flags().StringVarP(&req.Key, "key", "k", "", "registration id to wait under: 32 characters")
 	cmd.Flags().StringSliceVarP(&req.Routes, "route", "r", nil, "routes that it offers")
 	required(cmd, "name", "user", "key")
-	g.AddCommand(cmd)
+	g.AddCommand(cmd, m.debugC2N())
 	return g
 }
 

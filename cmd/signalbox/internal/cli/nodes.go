@@ -36,7 +36,7 @@ type node struct {
 func (m *program) nodesCmd() *cobra.Command {
 	g := m.group("nodes", "Manage the nodes", "node", "machine", "machines")
 	g.AddCommand(m.nodesList(), m.nodesListRoutes(), m.nodesRegister(), m.nodesExpire(), m.nodesRename(),
-		m.nodesDelete(), m.nodesBackfillIPs(), m.nodesTag(), m.nodesApproveRoutes())
+		m.nodesDelete(), m.nodesBackfillIPs(), m.nodesTag(), m.nodesApproveRoutes(), m.nodesPing())
 	return g
 }
 

@@ -206,7 +206,7 @@ func nodeDetail(snap *tailnet.Snapshot, n *tailnet.Node) any {
 		Routes     []netip.Prefix                 `json:"routes"`
 		Online     bool                           `json:"online"`
 		Unhealthy  bool                           `json:"unhealthy"` // it does not answer probes
-		Server     int64                          `json:"server"` // that holds its stream
+		Server     int64                          `json:"server"`    // that holds its stream
 		Expired    bool                           `json:"expired"`
 		Peers      []peer                         `json:"peers"`
 		Filter     []tailcfg.FilterRule           `json:"filter"`

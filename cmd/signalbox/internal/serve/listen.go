@@ -153,7 +153,7 @@ func hostOf(addr string) string {
 func (s *server) api() http.Handler {
 	return apiv1.New(apiv1.Config{
 		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, Replica: s.replica, Register: s.control.Register, Auth: s.checker, Pools: s.pools(), Instance: s.self.ID, Streams: s.control.Poll.Sessions.Load,
-		PolicyMode: s.cfg.Policy.Mode, Reserved: s.reserved(), Log: s.log,
+		PolicyMode: s.cfg.Policy.Mode, Reserved: s.reserved(), Calls: s.control.C2N, Log: s.log,
 	})
 }
 
