@@ -27,12 +27,12 @@ type site struct {
 	a, b  *Server
 }
 
-func newSite(t *testing.T) *site {
+func newSite(t *testing.T, env ...string) *site {
 	t.Helper()
 	x := &site{lab: Open(t), db: postgres.Start(t)}
 	x.lineA = x.db.Line()
-	x.a = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-a", Env: x.lineA.Env()})
-	x.b = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-b", Env: x.db.Line().Env()})
+	x.a = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-a", Env: append(x.lineA.Env(), env...)})
+	x.b = x.lab.Server(t, ServerConfig{TLS: true, Host: "control-b", Env: append(x.db.Line().Env(), env...)})
 	x.a.SetPolicy(t, everything)
 	return x
 }
