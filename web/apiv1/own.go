@@ -231,11 +231,9 @@ func (s *server) explainPolicy(r *http.Request) (any, error) {
 			return nil, err
 		}
 		defer free()
-		c, err := compileText(v.Text, snap)
-		if err != nil {
+		if access, err = compileStored(v.Text, snap); err != nil {
 			return nil, err
 		}
-		access = c.access
 	}
 	ends := [2][]acl.Endpoint{}
 	for i, name := range []string{"src", "dst"} {

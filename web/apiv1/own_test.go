@@ -70,6 +70,25 @@ func TestExplainAnswersByTheLivePolicy(t *testing.T) {
 	w.refused(404, "version", "GET", own+"/policy/explain?src=desk&dst=box&version=999", nil)
 }
 
+// A version whose names the tailnet refutes by now is explained as it would be in force.
+func TestExplainTakesAVersionWithAStaleName(t *testing.T) {
+	w := policyWorld(t)
+	var last *db.User
+	w.do(func(tx *db.Tx) error {
+		last = &db.User{Name: "zed", Email: "zed@gone.example"}
+		return tx.CreateUser(last)
+	})
+	get[PolicyResponse](w, "PUT", "/api/v1/policy", PolicyRequest{`{"acls":[{"action":"accept","src":["ann@"],"dst":["ben@:22"]},
+		{"action":"accept","src":["user:*@gone.example"],"dst":["ben@:22"]}]}`})
+	live := w.replica.Current().Policy().Version.ID
+	w.do(func(tx *db.Tx) error { return tx.DeleteUser(last.ID) })
+	type answer struct{ Verdicts []verdict }
+	got := get[answer](w, "GET", own+"/policy/explain?src=desk&dst=box&port=22&version="+strconv.FormatInt(live, 10), nil)
+	if len(got.Verdicts) == 0 || !got.Verdicts[0].Allowed {
+		t.Errorf("verdicts = %+v, want allowed", got.Verdicts)
+	}
+}
+
 func TestDiffTellsTheEffectAndStoresNothing(t *testing.T) {
 	w := policyWorld(t)
 	before := get[PolicyResponse](w, "GET", "/api/v1/policy", nil)

@@ -233,6 +233,20 @@ func compileText(text []byte, snap *tailnet.Snapshot) (*compiled, error) {
 	return &compiled{snap, p, a}, nil
 }
 
+// compileStored is compileText for a version that was accepted before: names in it that the tailnet refutes by now denote nobody, as they do
+// while it is live.
+func compileStored(text []byte, snap *tailnet.Snapshot) (*acl.Access, error) {
+	p, err := acl.Parse(text)
+	if err != nil {
+		return nil, policyFault(err)
+	}
+	a, _, err := acl.CompileStored(p, snap.ACLTailnet())
+	if err != nil {
+		return nil, policyFault(err)
+	}
+	return a, nil
+}
+
 // policyFault turns what acl found into an answer.
 func policyFault(err error) error {
 	var faults acl.Errors

@@ -95,15 +95,15 @@ func (m *program) effect(ctx context.Context, c *client, ch *change) (*effect, e
 		return nil, fmt.Errorf("the policy was changed meanwhile: version %d is live, not %d", f.PolicyVersion, ch.ifVersion)
 	}
 	e := &effect{Warnings: []tailnetfile.Fault{}, was: f.PolicyVersion}
-	now, err := compile(ch.text, t)
+	now, _, err := policyText{text: ch.text}.compile(t)
 	if err != nil {
 		return e, nil // the server knows more of the language than this program
 	}
-	old, err := compile([]byte(f.Policy), t)
+	old, _, err := policyText{text: []byte(f.Policy), stored: true}.compile(t)
 	if err != nil {
-		// What does not compile any more, say because a user is gone, lets
-		// nobody through, and may be what the change is there to mend.
-		if old, err = compile([]byte(denyAll), t); err != nil {
+		// What does not compile any more, say because it has outgrown a limit,
+		// lets nobody through, and may be what the change is there to mend.
+		if old, _, err = (policyText{text: []byte(denyAll)}).compile(t); err != nil {
 			return nil, err
 		}
 	}

@@ -20,11 +20,11 @@ func (m *program) policyDiff() *cobra.Command {
 		}
 		var sides [2]*acl.Access
 		for i, arg := range args {
-			text, name, err := m.policyText(cmd.Context(), arg, f, tailnet)
+			pt, err := m.policyText(cmd.Context(), arg, f, tailnet)
 			if err != nil {
 				return err
 			}
-			if sides[i], err = m.compileText(name, text, t); err != nil {
+			if sides[i], err = m.compileText(pt, t); err != nil {
 				return err
 			}
 		}
@@ -43,24 +43,24 @@ It compares effects, not texts: connections, peers, SSH logins and capabilities.
 	return cmd
 }
 
-// policyText finds a policy by what the arguments of diff may say, and its
-// name for messages. f is the tailnet at hand, from the file tailnet or, if
-// that is empty, from the server.
-func (m *program) policyText(ctx context.Context, arg string, f *tailnetfile.File, tailnet string) (text []byte, name string, err error) {
+// policyText finds a policy by what the arguments of diff may say. f is the
+// tailnet at hand, from the file tailnet or, if that is empty, from the server.
+func (m *program) policyText(ctx context.Context, arg string, f *tailnetfile.File, tailnet string) (policyText, error) {
 	if arg == "live" {
 		if f.Policy == "" {
-			return nil, "", usagef("%s holds no policy", tailnet)
+			return policyText{}, usagef("%s holds no policy", tailnet)
 		}
-		return []byte(f.Policy), livePolicy, nil
+		return policyText{livePolicy, []byte(f.Policy), true}, nil
 	}
 	if _, err := strconv.ParseInt(arg, 10, 64); err == nil {
 		if tailnet != "" {
-			return nil, "", usagef("version %s is on a server, which --tailnet does not ask; name a file", arg)
+			return policyText{}, usagef("version %s is on a server, which --tailnet does not ask; name a file", arg)
 		}
 		return m.versionText(ctx, arg)
 	}
-	if text, err = m.readPolicy(arg); err != nil {
-		return nil, "", usageError{err}
+	text, err := m.readPolicy(arg)
+	if err != nil {
+		return policyText{}, usageError{err}
 	}
-	return text, arg, nil
+	return policyText{name: arg, text: text}, nil
 }

@@ -75,24 +75,24 @@ func (m *program) explainer(ctx context.Context, from *policySource) (*explainer
 	if err != nil {
 		return nil, err
 	}
-	text, name := []byte(f.Policy), livePolicy
+	pt := policyText{livePolicy, []byte(f.Policy), true}
 	switch {
 	case from.version != "":
-		if text, name, err = m.versionText(ctx, from.version); err != nil {
+		if pt, err = m.versionText(ctx, from.version); err != nil {
 			return nil, err
 		}
 	case from.path != "":
-		name = from.path
-		if text, err = m.readPolicy(from.path); err != nil {
+		pt = policyText{name: from.path}
+		if pt.text, err = m.readPolicy(from.path); err != nil {
 			return nil, usageError{err}
 		}
 	case from.tailnet != "":
-		name = from.tailnet + " (policy)"
+		pt.name = from.tailnet + " (policy)"
 		if f.Policy == "" {
 			return nil, usagef("%s holds no policy: name one with -f", from.tailnet)
 		}
 	}
-	a, err := m.compileText(name, text, t)
+	a, err := m.compileText(pt, t)
 	return &explainer{m, t, a}, err
 }
 

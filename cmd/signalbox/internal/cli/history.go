@@ -79,9 +79,11 @@ func (m *program) policyRollback() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if ch.text, ch.path, err = m.versionText(cmd.Context(), args[0]); err != nil {
+		pt, err := m.versionText(cmd.Context(), args[0])
+		if err != nil {
 			return err
 		}
+		ch.text, ch.path = pt.text, pt.name
 		ch.done = fmt.Sprintf("Policy rolled back to version %d.", n)
 		ch.send = func(ctx context.Context, c *client, header http.Header) (http.Header, error) {
 			return c.send(ctx, "POST", fmt.Sprintf("%s/policy/versions/%d/rollback", own, n), header, nil, nil)

@@ -77,21 +77,21 @@ func versionNumber(s string) (int64, error) {
 	return n, nil
 }
 
-// versionText fetches the text of a version, and its name for messages.
-func (m *program) versionText(ctx context.Context, arg string) (text []byte, name string, err error) {
+// versionText fetches a stored version of the policy.
+func (m *program) versionText(ctx context.Context, arg string) (policyText, error) {
 	n, err := versionNumber(arg)
 	if err != nil {
-		return nil, "", err
+		return policyText{}, err
 	}
 	c, err := m.client()
 	if err != nil {
-		return nil, "", err
+		return policyText{}, err
 	}
 	v, _, err := c.version(ctx, n)
 	if err != nil {
-		return nil, "", err
+		return policyText{}, err
 	}
-	return []byte(v.Text), versionName(n), nil
+	return policyText{versionName(n), []byte(v.Text), true}, nil
 }
 
 // versionName stands where messages have the name of a file.

@@ -100,22 +100,43 @@ func parseTailnet(doc []byte) (*tailnetfile.File, *acl.Tailnet, error) {
 	return f, t, err
 }
 
+// A policyText is a policy with what is to be known of it.
+type policyText struct {
+	name string // for messages: the file, or where else it comes from
+	text []byte
+
+	// stored says that a server accepted the text before, so that it compiles
+	// as the server does it: names in it that the tailnet refutes by now
+	// denote nobody.
+	stored bool
+}
+
 // compileText makes a policy text into its effect on a tailnet. What is wrong
-// with the text is shown as refusePolicy does.
-func (m *program) compileText(path string, text []byte, t *acl.Tailnet) (*acl.Access, error) {
-	a, err := compile(text, t)
+// with the text is shown as refusePolicy does; stale names of a stored one are
+// warned of.
+func (m *program) compileText(pt policyText, t *acl.Tailnet) (*acl.Access, error) {
+	a, stale, err := pt.compile(t)
 	if err != nil {
-		return nil, m.refuseErrors(path, text, err)
+		return nil, m.refuseErrors(pt.name, pt.text, err)
 	}
+	var warnings []tailnetfile.Fault
+	for _, e := range stale {
+		warnings = append(warnings, tailnetfile.Fault(*e))
+	}
+	m.warn(pt.name, pt.text, warnings)
 	return a, nil
 }
 
-func compile(text []byte, t *acl.Tailnet) (*acl.Access, error) {
-	p, err := acl.Parse(text)
+func (pt policyText) compile(t *acl.Tailnet) (a *acl.Access, stale acl.Errors, err error) {
+	p, err := acl.Parse(pt.text)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return acl.Compile(p, t)
+	if pt.stored {
+		return acl.CompileStored(p, t)
+	}
+	a, err = acl.Compile(p, t)
+	return a, nil, err
 }
 
 // refuseErrors is refusePolicy for the error of package acl.
