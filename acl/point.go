@@ -53,7 +53,7 @@ func (d *differ) collectPoints() {
 			}
 		}
 	}
-	for _, rng := range d.pieces() {
+	for _, rng := range pieces(d.sides[0].g, d.sides[1].g) {
 		pt := point{node: -1, six: rng.From().Is6(), rng: rng}
 		pt.at[0], pt.at[1] = Endpoint{-1, rng.From()}, Endpoint{-1, rng.From()}
 		ps.list = append(ps.list, pt)
@@ -158,8 +158,8 @@ func (g *program) distinctSources() []*source {
 
 // pieces cuts the routed address space at every boundary that a rule, a route
 // or a node address makes, and drops what no router offers, no rule names or
-// no client sends.
-func (d *differ) pieces() []netipx.IPRange {
+// no client sends. All addresses of a piece are alike to all the programs.
+func pieces(programs ...*program) []netipx.IPRange {
 	var routed, named, nodes netipx.IPSetBuilder
 	var cuts []netip.Addr // first addresses of pieces
 	cut := func(r netipx.IPRange) {
@@ -168,22 +168,22 @@ func (d *differ) pieces() []netipx.IPRange {
 			cuts = append(cuts, next)
 		}
 	}
-	for _, s := range d.sides {
-		for i := range s.g.subnets {
-			routed.AddPrefix(s.g.subnets[i].prefix)
-			cut(netipx.RangeOfPrefix(s.g.subnets[i].prefix))
+	for _, g := range programs {
+		for i := range g.subnets {
+			routed.AddPrefix(g.subnets[i].prefix)
+			cut(netipx.RangeOfPrefix(g.subnets[i].prefix))
 		}
-		for slot := range s.g.exits.all {
-			for _, p := range s.g.t.Nodes[slot].ApprovedRoutes {
+		for slot := range g.exits.all {
+			for _, p := range g.t.Nodes[slot].ApprovedRoutes {
 				if p.Bits() == 0 {
 					routed.AddPrefix(p)
 				}
 			}
 		}
-		for _, a := range s.g.byAddr {
+		for _, a := range g.byAddr {
 			nodes.Add(a.addr)
 		}
-		s.g.namedRanges(func(r netipx.IPRange) {
+		g.namedRanges(func(r netipx.IPRange) {
 			named.AddRange(r)
 			cut(r)
 		})
@@ -191,7 +191,7 @@ func (d *differ) pieces() []netipx.IPRange {
 	for _, r := range internetSet.Ranges() {
 		cut(r)
 	}
-	for _, p := range droppedRanges {
+	for _, p := range unforwarded {
 		cut(netipx.RangeOfPrefix(p))
 	}
 	all := without(&named, &routed, &nodes)

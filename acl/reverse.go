@@ -2,22 +2,47 @@ package acl
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
+
+	"go4.org/netipx"
 )
 
 // Opening is what a sender may open on a receiver.
 type Opening struct {
-	Slot  int      // the other node; -1 for a range behind routers
-	Range string   // address or range when Slot is -1
+	Slot int // the other node; -1 for addresses behind routers
+
+	// Range is what is meant when Slot is -1: an address, a CIDR or a range
+	// a-b; "autogroup:internet" for all of it; or 0.0.0.0/0 or ::/0 for all
+	// that an exit node forwards and no subnet router offers.
+	Range string
+
 	Ports []string // such as "tcp:443"; no protocol means the default set
 	Lines []int    // of the rules
 }
 
-// ReachableFrom lists what the sender can reach: nodes, and ranges behind
-// routers that rules name.
+// ReachableFrom lists what the sender can reach: nodes, and what routers offer
+// of the addresses that rules name.
 func (a *Access) ReachableFrom(from Endpoint) []Opening {
 	g := a.prog
+	type target struct {
+		Endpoint
+		rng   netipx.IPRange // when no node has the address
+		paths []path
+	}
+	var nodes, ranges []target
+	for slot := range g.live.all {
+		for _, to := range g.nodeEndpoints(slot) {
+			if slot != from.Slot && to.Addr.Is4() == from.Addr.Is4() {
+				nodes = append(nodes, target{Endpoint: to, paths: a.paths(from, to.Addr)})
+			}
+		}
+	}
+	for _, rng := range pieces(g) {
+		if to := (Endpoint{-1, rng.From()}); to.Addr.Is4() == from.Addr.Is4() {
+			ranges = append(ranges, target{to, rng, a.paths(from, to.Addr)})
+		}
+	}
+	subnets := g.subnetSet()
 	b := newOpenings()
 	for _, f := range g.flows {
 		if f.isCap || f.silent || !f.src.contains(from.Addr, from.Slot) {
@@ -25,36 +50,87 @@ func (a *Access) ReachableFrom(from Endpoint) []Opening {
 		}
 		for i := range f.parts {
 			pt := &f.parts[i]
-			switch pt.kind {
-			case partAll:
-				for slot := range g.live.all {
-					b.add(g, f, pt, slot, "", from)
+			for k := range nodes {
+				if to := &nodes[k]; pt.contains(to.Addr, to.Slot) && g.arrives(f, pt, to.paths, to.Endpoint) {
+					b.put(g, f, pt, to.Slot, "")
 				}
-			case partNodes:
-				for slot := range pt.nodes.all {
-					b.add(g, f, pt, slot, "", from)
+			}
+			var reached netipx.IPSetBuilder
+			some := false
+			for k := range ranges {
+				if to := &ranges[k]; pt.contains(to.Addr, -1) && g.arrives(f, pt, to.paths, to.Endpoint) {
+					reached.AddRange(to.rng)
+					some = true
 				}
-			case partInternet:
-				if g.arrives(f, pt, a.paths(from, internetProbe(from.Addr)), Endpoint{-1, internetProbe(from.Addr)}) {
-					b.add(g, f, pt, -1, "autogroup:internet", from)
-				}
-			case partRange:
-				g.within(pt.rng, func(slot int) { b.add(g, f, pt, slot, "", from) })
-				if to := g.endpoint(pt.rng.From()); to.Slot < 0 && g.arrives(f, pt, a.paths(from, to.Addr), to) {
-					b.add(g, f, pt, -1, pt.text, from)
-				}
+			}
+			if !some {
+				continue
+			}
+			for _, text := range rangeTexts(&reached, subnets, from.Addr.Is4(), pt.kind == partInternet) {
+				b.put(g, f, pt, -1, text)
 			}
 		}
 	}
 	return b.list
 }
 
-// internetProbe is some address of the public Internet.
-func internetProbe(from netip.Addr) netip.Addr {
-	if from.Is4() {
-		return netip.AddrFrom4([4]byte{8, 8, 8, 8})
+// subnetSet is what subnet routers offer and nodes have: everything that no
+// packet reaches over a default route.
+func (g *program) subnetSet() *netipx.IPSet {
+	var b netipx.IPSetBuilder
+	for i := range g.subnets {
+		b.AddPrefix(g.subnets[i].prefix)
 	}
-	return netip.MustParseAddr("2001:4860:4860::8888")
+	for _, a := range g.byAddr {
+		b.Add(a.addr)
+	}
+	set, err := b.IPSet()
+	if err != nil {
+		return &netipx.IPSet{} // no valid address makes one
+	}
+	return set
+}
+
+// rangeTexts renders the addresses of one family that a part reaches, those
+// behind subnet routers first. What is reached over a default route is one
+// text when it is all that can be.
+func rangeTexts(reached *netipx.IPSetBuilder, subnets *netipx.IPSet, four, internet bool) []string {
+	set, err := reached.IPSet()
+	if err != nil {
+		return nil
+	}
+	var inside, beyond, most netipx.IPSetBuilder
+	inside.AddSet(set)
+	inside.Intersect(subnets)
+	beyond.AddSet(set)
+	beyond.RemoveSet(subnets)
+
+	all, text := zero6, zero6.String()
+	if four {
+		all, text = zero4, zero4.String()
+	}
+	most.AddPrefix(all)
+	if internet {
+		text = "autogroup:internet"
+		most.Intersect(internetSet)
+	}
+	for _, p := range unforwarded {
+		most.RemovePrefix(p)
+	}
+	most.RemoveSet(subnets)
+
+	var out []string
+	if set, err = inside.IPSet(); err == nil {
+		out = setStrings(set)
+	}
+	over, err := beyond.IPSet()
+	if err != nil {
+		return out
+	}
+	if full, err := most.IPSet(); err == nil && over.Equal(full) {
+		return append(out, text)
+	}
+	return append(out, setStrings(over)...)
 }
 
 // WhoReaches lists the nodes that can reach the receiver, with what they may
@@ -97,21 +173,6 @@ type openings struct {
 }
 
 func newOpenings() *openings { return &openings{index: map[string]int{}} }
-
-// add notes a flow to a node, if it reaches an address of the sender's family.
-func (b *openings) add(g *program, f *flow, pt *part, slot int, rng string, from Endpoint) {
-	if slot >= 0 {
-		if slot == from.Slot {
-			return
-		}
-		if !slices.ContainsFunc(g.nodeEndpoints(slot), func(to Endpoint) bool {
-			return to.Addr.Is4() == from.Addr.Is4() && g.delivered(f, pt, slot, to)
-		}) {
-			return
-		}
-	}
-	b.put(g, f, pt, slot, rng)
-}
 
 func (b *openings) put(g *program, f *flow, pt *part, slot int, rng string) {
 	key := fmt.Sprint(slot, " ", rng)
