@@ -107,6 +107,7 @@ func TestDiffEqualsMatrices(t *testing.T) {
 				}
 			}
 		}
+		checkOutsiders(t, seed, d, was, now, said)
 		checkPeerChanges(t, seed, d, was, now)
 	}
 	t.Logf("%d flow changes", changes)
@@ -118,6 +119,46 @@ func TestDiffEqualsMatrices(t *testing.T) {
 var samples = []Query{
 	{Proto: 6, Port: 22}, {Proto: 6, Port: 80}, {Proto: 6, Port: 443}, {Proto: 6, Port: 1}, {Proto: 17, Port: 53}, {Proto: 17, Port: 65535},
 	{Proto: 132, Port: 100}, {Proto: 1}, {Proto: 47},
+}
+
+// checkOutsiders compares connections with addresses that the comparison did
+// not choose itself, both ways: what it took for no point has to be unchanged.
+func checkOutsiders(t *testing.T, seed int, d *differ, was, now *world, said map[string]bool) {
+	t.Helper()
+	for _, addr := range outsiders {
+		_, a := was.a.prog.owner(addr)
+		_, b := now.a.prog.owner(addr)
+		if a || b {
+			continue
+		}
+		there := slices.IndexFunc(d.points.list, func(p point) bool { return p.node < 0 && p.rng.Contains(addr) })
+		out := Endpoint{-1, addr}
+		for i := range d.points.list {
+			p := &d.points.list[i]
+			if p.six != addr.Is6() || i == there {
+				continue
+			}
+			for _, q := range samples {
+				for _, c := range []struct {
+					from, to         int
+					fromWas, fromNow Endpoint
+					toWas, toNow     Endpoint
+				}{{i, there, p.at[0], p.at[1], out, out}, {there, i, out, out, p.at[0], p.at[1]}} {
+					x := was.allows(c.fromWas, c.toWas, q.Proto, q.Port)
+					y := now.allows(c.fromNow, c.toNow, q.Proto, q.Port)
+					if c.from < 0 {
+						// Nobody sends from an address that is behind no router.
+						x, y = x && was.a.routerOf(addr) >= 0, y && now.a.routerOf(addr) >= 0
+					}
+					opened, closed := said[fmt.Sprint(true, c.from, c.to, q.Proto, q.Port)], said[fmt.Sprint(false, c.from, c.to, q.Proto, q.Port)]
+					if opened != (!x && y) || closed != (x && !y) {
+						t.Fatalf("seed %d: %v -> %v proto %d port %d: was %v, now %v, but diff says opened %v, closed %v",
+							seed, c.fromNow, c.toNow, q.Proto, q.Port, x, y, opened, closed)
+					}
+				}
+			}
+		}
+	}
 }
 
 // checkPeerChanges compares with the rows, pair by pair.

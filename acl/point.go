@@ -215,8 +215,14 @@ func pieces(programs ...*program) []netipx.IPRange {
 	return out
 }
 
-// namedRanges enumerates the address ranges of sources and destinations.
+// namedRanges enumerates the address ranges of sources and destinations. A
+// source that is everybody names whoever sits behind a subnet router.
 func (g *program) namedRanges(yield func(netipx.IPRange)) {
+	if slices.ContainsFunc(g.flows, func(f *flow) bool { return f.src.any }) {
+		for i := range g.subnets {
+			yield(netipx.RangeOfPrefix(g.subnets[i].prefix))
+		}
+	}
 	for _, f := range g.flows {
 		for _, r := range f.src.ranges {
 			yield(r)
