@@ -196,8 +196,8 @@ func (k *checker) senders(at int, src text) ([]sender, error) {
 	r := k.r
 	switch s.kind {
 	case selUser:
-		if u, err := r.user(s.name); err != nil || u == nil {
-			return nil, fmt.Errorf("src %q: no such user", src.s)
+		if err := r.somebody(&s); err != nil {
+			return nil, fmt.Errorf("src %q: %w", src.s, err)
 		}
 	case selPrefix:
 		if !s.prefix.IsSingleIP() {
@@ -323,8 +323,8 @@ func (k *checker) receivers(host string, from sender) ([][]netip.Addr, error) {
 		}
 		return out, nil
 	case selUser:
-		if u, err := r.user(s.name); err != nil || u == nil {
-			return nil, fmt.Errorf("no such user")
+		if err := r.somebody(&s); err != nil {
+			return nil, err
 		}
 	case selService:
 		if svc := r.svc[s.name]; svc != nil {

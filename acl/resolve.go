@@ -2,6 +2,7 @@ package acl
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -191,6 +192,15 @@ func (r *resolver) user(name string) (*User, error) {
 	return &r.t.Users[found[0]], nil
 }
 
+// somebody is the error of a test that names a user who is nobody, or two.
+func (r *resolver) somebody(s *selector) error {
+	u, err := r.user(s.name)
+	if err == nil && u == nil {
+		err = errors.New("no such user")
+	}
+	return err
+}
+
 // nodes is the set of nodes that a selector of people, tags or autogroups
 // denotes; nil when the selector is of another kind. The result is shared.
 func (r *resolver) nodes(p *Policy, s *selector) set {
@@ -328,6 +338,13 @@ func (r *resolver) checkNames(p *Policy) Errors {
 	}
 	for _, a := range p.attrs {
 		check(a.target, "")
+	}
+	for _, a := range p.approveRoutes {
+		check(a.by, "")
+	}
+	check(p.approveExit, "")
+	for _, a := range p.approveSvc {
+		check(a.by, "")
 	}
 	return errs
 }

@@ -53,7 +53,11 @@ func (k *checker) sshReceivers(d text) ([]int, error) {
 			return nil, fmt.Errorf("no device has this address")
 		}
 		return []int{slot}, nil
-	case selTag, selUser, selMember, selTagged:
+	case selUser:
+		if err := k.r.somebody(&s); err != nil {
+			return nil, err
+		}
+	case selTag, selMember, selTagged:
 	default:
 		return nil, fmt.Errorf("must be a tag, a user or a host")
 	}
