@@ -47,6 +47,7 @@ func (u *User) LoginName() string {
 type Node struct {
 	ID       tailcfg.NodeID // 0 marks a hole: a removed node whose slot is not reused
 	Hostname string         // label for messages and output
+	FQDN     string         // its full name, with or without the last dot; only for finding a node by name
 	User     tailcfg.UserID // 0 when tagged
 	Tags     []string
 

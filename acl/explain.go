@@ -35,21 +35,25 @@ type Verdict struct {
 
 // RuleUse is a rule that applies and how its selectors got there.
 type RuleUse struct {
-	Line, Column int
-	Path, Text   string
-	Src          []string // selectors that contain the source
-	Dst          string   // selector that contains the destination
-	Ports        string
-	Via          []string
-	Postures     []string // those of the rule that hold
-	Users        []string // of an SSH rule: the login names
-	Check        bool     // of an SSH rule
+	Line     int      `json:"line"`
+	Column   int      `json:"column"`
+	Path     string   `json:"path"`
+	Text     string   `json:"text"`
+	Src      []string `json:"src,omitempty"`      // selectors that contain the source
+	SrcMeans []string `json:"srcMeans,omitempty"` // for each of Src what in it does: a member, a range; "" when the name says it
+	Dst      string   `json:"dst,omitempty"`      // selector that contains the destination
+	DstMeans string   `json:"dstMeans,omitempty"` // as SrcMeans
+	Ports    string   `json:"ports,omitempty"`
+	Via      []string `json:"via,omitempty"`
+	Postures []string `json:"postures,omitempty"` // those of the rule that hold
+	Users    []string `json:"users,omitempty"`    // of an SSH rule: the login names
+	Check    bool     `json:"check,omitempty"`    // of an SSH rule
 }
 
 // NearMiss is a rule that would apply if not for some of its parts.
 type NearMiss struct {
 	RuleUse
-	Fails []string // what does not fit, in words
+	Fails []string `json:"fails"` // what does not fit, in words
 
 	distance int // another destination is farther off than another source or port
 }
@@ -122,10 +126,14 @@ const impliedText = "no acls or grants: every device reaches every device"
 func (g *program) ruleUse(q Query, d decision) RuleUse {
 	ru := d.part.rule
 	u := g.use(ru)
-	u.Src = g.matching(ru, q.From, d.part)
+	u.Src, u.SrcMeans = g.matching(ru, q.From)
 	u.Ports = portsText(d.flow.proto, d.part.ports)
 	if d.part.dst >= 0 {
-		u.Dst = ru.dst[d.part.dst].s
+		s := &ru.dst[d.part.dst].selector
+		u.Dst, u.DstMeans = s.s, g.means(s, q.To)
+	}
+	if len(ru.where) > 0 {
+		u.Postures, _ = g.postures(ru, q.From)
 	}
 	return u
 }
@@ -146,15 +154,47 @@ func (g *program) use(ru *rule) RuleUse {
 // oneLine joins the lines of a rule.
 func oneLine(b []byte) string { return strings.Join(strings.Fields(string(b)), " ") }
 
-// matching lists the src selectors that contain the endpoint.
-func (g *program) matching(ru *rule, from Endpoint, pt *part) []string {
-	var out []string
+// matching lists the src selectors that contain the endpoint, and what in them
+// does.
+func (g *program) matching(ru *rule, from Endpoint) (names, means []string) {
 	for i := range ru.src {
-		if g.inSelector(&ru.src[i], from, true) {
-			out = append(out, ru.src[i].s)
+		if s := &ru.src[i]; g.inSelector(s, from, true) {
+			names, means = append(names, s.s), append(means, g.means(s, from))
 		}
 	}
-	return out
+	return names, means
+}
+
+// means is what in the selector contains the endpoint: the member of a group,
+// the person or tags of an autogroup, the addresses of a host or set. It is
+// empty where the selector says it itself.
+func (g *program) means(s *selector, e Endpoint) string {
+	switch s.kind {
+	case selGroup, selUserDomain, selRole, selMember, selSelf, selTagged:
+		if e.Slot < 0 {
+			return ""
+		}
+		n := &g.t.Nodes[e.Slot]
+		u := g.userOf(n)
+		if u == nil {
+			return strings.Join(n.Tags, ", ")
+		}
+		if s.kind == selGroup {
+			for i := range g.p.groups[s.name].members {
+				if m := &g.p.groups[s.name].members[i]; g.isUser(g.p, m, u) {
+					return m.s
+				}
+			}
+		}
+		return u.LoginName()
+	case selPrefix, selIPSet, selService:
+		for _, rng := range s.ranges(g.svc) {
+			if text := rangeString(rng); rng.Contains(e.Addr) && text != s.s {
+				return text
+			}
+		}
+	}
+	return ""
 }
 
 // inSelector reports whether the endpoint is among what the selector denotes.
@@ -245,7 +285,7 @@ func (g *program) misses(q Query, ru *rule, receiver int) NearMiss {
 		m.Fails = append(m.Fails, fmt.Sprintf(format, args...))
 	}
 
-	m.Src = g.matching(ru, q.From, nil)
+	m.Src, m.SrcMeans = g.matching(ru, q.From)
 	if len(m.Src) == 0 {
 		fail("the source %s is not in src %s", g.endpointText(q.From), selectorTexts(ru.src))
 	} else if len(ru.where) > 0 {
@@ -268,7 +308,7 @@ func (g *program) misses(q Query, ru *rule, receiver int) NearMiss {
 		m.distance++
 		return m
 	}
-	m.Dst = dsts[0].s
+	m.Dst, m.DstMeans = dsts[0].s, g.means(&dsts[0].selector, q.To)
 	ports, open := openPorts(ru, dsts, q)
 	if m.Ports = ports; !open {
 		fail("%s is not among the ports %s", flowText(q), ports)

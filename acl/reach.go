@@ -19,17 +19,19 @@ type Endpoint struct {
 }
 
 // Endpoints finds what a name means as one end of a connection: a node by
-// hostname, id or address (all its addresses, IPv4 first), a host alias, a
-// service, or any other address.
+// host name, full name, id or address (all its addresses, IPv4 first), a host
+// alias of one address, a service, or any other address. A name of several
+// devices or addresses is refused: what holds for one need not for the others.
 func (a *Access) Endpoints(name string) ([]Endpoint, error) {
 	g := a.prog
 	if addr, err := netip.ParseAddr(name); err == nil {
 		return []Endpoint{g.endpoint(addr.Unmap())}, nil
 	}
+	full := strings.TrimSuffix(name, ".")
 	var found []int
 	for slot := range g.live.all {
 		n := &g.t.Nodes[slot]
-		if strings.EqualFold(n.Hostname, name) || strconv.FormatInt(int64(n.ID), 10) == name {
+		if strings.EqualFold(n.Hostname, name) || full != "" && strings.EqualFold(strings.TrimSuffix(n.FQDN, "."), full) || strconv.FormatInt(int64(n.ID), 10) == name {
 			found = append(found, slot)
 		}
 	}
@@ -47,9 +49,55 @@ func (a *Access) Endpoints(name string) ([]Endpoint, error) {
 		return out, nil
 	}
 	if h := g.p.hosts[name]; h != nil {
+		if !h.prefix.IsSingleIP() {
+			return nil, fmt.Errorf("%q is %v: name one address", name, h.prefix)
+		}
 		return []Endpoint{g.endpoint(h.prefix.Addr())}, nil
 	}
+	if err := g.severalDevices(name); err != nil {
+		return nil, err
+	}
 	return nil, fmt.Errorf("%q is no node, host, service or address of this tailnet", name)
+}
+
+// maxNamed is how many devices are offered in place of a name for several.
+const maxNamed = 10
+
+// severalDevices is the error for a selector of rules where one end is to be
+// named; nil when the name is no selector either.
+func (g *program) severalDevices(name string) error {
+	s, err := (&reader{p: g.p}).selector(text{s: name})
+	if err != nil {
+		return nil
+	}
+	switch s.kind {
+	case selPrefix, selRange:
+		return fmt.Errorf("%q is a range: name one address", name)
+	case selIPSet:
+		return fmt.Errorf("%q is not one device: name one address", name)
+	case selUser:
+		if u, err := g.user(s.name); err != nil || u == nil {
+			return err
+		}
+	case selTag, selGroup, selUserDomain, selRole, selMember, selTagged:
+	default:
+		return nil
+	}
+	var names []string
+	for slot := range g.live.all {
+		if g.inSelector(&s, Endpoint{Slot: slot}, true) {
+			names = append(names, g.name(slot))
+		}
+	}
+	switch n := len(names); {
+	case n == 0:
+		return fmt.Errorf("%q is not one device, and no device is meant", name)
+	case n == 1:
+		return fmt.Errorf("%q is not one device: name %s", name, names[0])
+	case n > maxNamed:
+		names = append(names[:maxNamed], fmt.Sprintf("%d others", n-maxNamed))
+	}
+	return fmt.Errorf("%q is not one device: name one of %s", name, strings.Join(names, ", "))
 }
 
 func (g *program) endpoint(addr netip.Addr) Endpoint {

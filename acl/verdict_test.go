@@ -96,6 +96,47 @@ func TestExplainNamesTheDecidingRule(t *testing.T) {
 	}
 }
 
+// What a selector stands for is told where its name alone does not.
+func TestExplainTellsExpansionsAndPostures(t *testing.T) {
+	tn := office()
+	_, a := mustCompile(t, tn, `{
+	"groups": {"group:ops": ["ann@example.com", "bob@"]},
+	"hosts": {"lan": "10.1.0.0/16"},
+	"ipsets": {"ipset:db": ["10.1.2.0/24", "10.1.3.7"]},
+	"tagOwners": {"tag:srv": []},
+	"postures": {"posture:linux": ["node:os == 'linux'"], "posture:mac": ["node:os == 'macOS'"]},
+	"acls": [
+		{"action": "accept", "src": ["group:ops", "autogroup:admin", "user:*@example.com", "ann@example.com"], "dst": ["lan:1"]},
+		{"action": "accept", "src": ["group:ops", "100.64.0.0/24"], "srcPosture": ["posture:linux", "posture:mac"], "dst": ["autogroup:tagged:2"]},
+		{"action": "accept", "src": ["group:ops"], "dst": ["ipset:db:3"]},
+		{"action": "accept", "src": ["group:ops"], "srcPosture": ["posture:linux"], "dst": ["tag:srv:4"]},
+	]}`)
+	for _, c := range []struct {
+		from, to                string
+		port                    uint16
+		src, srcMeans, postures []string
+		dst, dstMeans           string
+	}{
+		{"ann-pc", "10.1.9.9", 1, []string{"group:ops", "autogroup:admin", "user:*@example.com", "ann@example.com"},
+			[]string{"ann@example.com", "ann@example.com", "ann@example.com", ""}, nil, "lan", "10.1.0.0/16"},
+		{"bob-pc", "srv", 2, []string{"group:ops", "100.64.0.0/24"}, []string{"bob@", ""}, []string{"posture:linux"}, "autogroup:tagged", "tag:srv"},
+		{"ann-pc", "10.1.2.200", 3, []string{"group:ops"}, []string{"ann@example.com"}, nil, "ipset:db", "10.1.2.0/24"},
+	} {
+		v := ask(t, a, c.from, c.to, c.port)
+		if !v.Allowed || len(v.Rules) != 1 {
+			t.Fatalf("%s -> %s:%d: got %+v", c.from, c.to, c.port, v)
+		}
+		r := v.Rules[0]
+		if !slices.Equal(r.Src, c.src) || !slices.Equal(r.SrcMeans, c.srcMeans) || r.Dst != c.dst || r.DstMeans != c.dstMeans || !slices.Equal(r.Postures, c.postures) {
+			t.Errorf("%s -> %s:%d: got %+v, want %+v", c.from, c.to, c.port, r, c)
+		}
+	}
+	v := ask(t, a, "ann-pc", "srv", 4)
+	if v.Allowed || len(v.Near) < 2 || v.Near[1].Dst != "tag:srv" || !slices.Equal(v.Near[1].SrcMeans, []string{"ann@example.com"}) {
+		t.Errorf("denied: got %+v", v.Near)
+	}
+}
+
 func TestExplainNamesWhatIsMissing(t *testing.T) {
 	tn := office()
 	_, a := mustCompile(t, tn, officePolicy)
@@ -169,6 +210,31 @@ func TestReverseQuestions(t *testing.T) {
 	lan, _ := a.Endpoints("10.1.9.9")
 	if got, want := render(a.WhoReaches(lan[0])), []string{"ann-pc [tcp:5432] [10]", "bob-pc [tcp:5432] [11]"}; !slices.Equal(got, want) {
 		t.Errorf("who reaches the subnet: got %q, want %q", got, want)
+	}
+}
+
+func TestEndpointsAreSingle(t *testing.T) {
+	tn := office()
+	tn.Nodes[0].FQDN = "ann-pc.mesh.example.com."
+	_, a := mustCompile(t, tn, `{
+	"groups": {"group:ops": ["ann@example.com"]}, "hosts": {"lan": "10.1.0.0/16", "db": "10.1.2.3", "one": "10.1.2.4/32"},
+	"tagOwners": {"tag:srv": [], "tag:none": []}, "ipsets": {"ipset:x": ["10.1.0.0/16"]}, "acls": []}`)
+	for name, want := range map[string]int{"ann-pc.mesh.example.com": 0, "Ann-PC.mesh.example.com.": 0, "ann-pc": 0, "db": -1, "one": -1} {
+		if e, err := a.Endpoints(name); err != nil || e[0].Slot != want {
+			t.Errorf("%s: got %v, %v", name, e, err)
+		}
+	}
+	for name, want := range map[string]string{
+		"lan": `"lan" is 10.1.0.0/16: name one address`, "10.1.0.0/16": `"10.1.0.0/16" is a range: name one address`,
+		"ann@example.com": `"ann@example.com" is not one device: name ann-pc`, "bob@": `"bob@" is not one device: name bob-pc`,
+		"newcomer@": `"newcomer@" is not one device, and no device is meant`, "tag:srv": `"tag:srv" is not one device: name srv`,
+		"tag:none": `"tag:none" is not one device, and no device is meant`, "group:ops": `"group:ops" is not one device: name ann-pc`,
+		"autogroup:tagged": `"autogroup:tagged" is not one device: name one of srv, r1, r2`, "ipset:x": `"ipset:x" is not one device: name one address`,
+		"ann-pc.other.example.com": "no node, host", "ghost@example.com": "no node, host", "tag:ghost": "no node, host",
+	} {
+		if _, err := a.Endpoints(name); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v, want %q", name, err, want)
+		}
 	}
 }
 

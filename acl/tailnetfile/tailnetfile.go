@@ -177,7 +177,7 @@ func (f *File) Tailnet() (*acl.Tailnet, error) {
 
 func (n *Node) node(users map[string]tailcfg.UserID) (acl.Node, error) {
 	out := acl.Node{
-		ID: tailcfg.NodeID(n.ID), Hostname: n.Hostname, Tags: n.Tags, OS: n.OS, Posture: n.Attributes,
+		ID: tailcfg.NodeID(n.ID), Hostname: n.Hostname, FQDN: n.Name, Tags: n.Tags, OS: n.OS, Posture: n.Attributes,
 		Cap: tailcfg.CapabilityVersion(n.Cap), Expired: n.Expired, Offline: n.Online != nil && !*n.Online,
 		RoutableIPs: n.Routable,
 	}

@@ -83,7 +83,7 @@ func nodeFacts(n *Node) acl.Node {
 		return acl.Node{}
 	}
 	f := acl.Node{
-		ID: n.ID, Hostname: n.GivenName, Tags: n.Tags, IPv4: n.IPv4, IPv6: n.IPv6,
+		ID: n.ID, Hostname: n.GivenName, FQDN: n.FQDN, Tags: n.Tags, IPv4: n.IPv4, IPv6: n.IPv6,
 		ApprovedRoutes: n.Routes(), Cap: n.State.Cap, Expired: n.Dead(),
 	}
 	if !n.Tagged() {

@@ -70,6 +70,21 @@ func TestExplainAnswersByTheLivePolicy(t *testing.T) {
 	w.refused(404, "version", "GET", own+"/policy/explain?src=desk&dst=box&version=999", nil)
 }
 
+func TestExplainSpeaksLowerCase(t *testing.T) {
+	w := policyWorld(t)
+	for query, want := range map[string][]string{
+		"src=desk&dst=box&port=22": {`"rules":[{"line":1,"column":`, `"src":["ann@"]`, `"dst":"ben@"`, `"ports":"22"`},
+		"src=desk&dst=box&port=23": {`"near":[{"line":1,"column":`, `"fails":[`},
+	} {
+		body := w.send("GET", own+"/policy/explain?"+query, nil).Body.String()
+		for _, s := range want {
+			if !strings.Contains(body, s) {
+				t.Errorf("%s: got %s, want %s in it", query, body, s)
+			}
+		}
+	}
+}
+
 // A version whose names the tailnet refutes by now is explained as it would be in force.
 func TestExplainTakesAVersionWithAStaleName(t *testing.T) {
 	w := policyWorld(t)

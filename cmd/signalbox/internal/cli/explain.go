@@ -38,7 +38,8 @@ func (m *program) policyExplain() *cobra.Command {
 		}
 		return nil
 	}
-	cmd.Long = `A and B are nodes (host name, id or address), hosts, services or addresses.
+	cmd.Long = `A and B are nodes (host name, full name, id or address), hosts, services or
+addresses, one each.
 With A alone it lists what A reaches, with --to B who reaches B. It is about the
 server's nodes as they are now and the policy in effect; --as-of and -f try
 another policy on the same nodes. Without a port ICMP is asked for.`
@@ -246,9 +247,13 @@ func (e *explainer) text(v *acl.Verdict, others ...*acl.Verdict) (what, why stri
 	rule := func(what string, r acl.RuleUse) {
 		lines = append(lines, fmt.Sprintf("  %s line %d (%s): %s", what, r.Line, r.Path, oneLine(r.Text)))
 		if len(r.Src) > 0 {
-			detail := "    from " + strings.Join(r.Src, ", ")
+			var src []string
+			for i, name := range r.Src {
+				src = append(src, expanded(name, r.SrcMeans[i]))
+			}
+			detail := "    from " + strings.Join(src, ", ")
 			if r.Dst != "" {
-				detail += " to " + r.Dst
+				detail += " to " + expanded(r.Dst, r.DstMeans)
 			}
 			lines = append(lines, detail)
 		}
@@ -276,6 +281,14 @@ func (e *explainer) text(v *acl.Verdict, others ...*acl.Verdict) (what, why stri
 	return what, printableLines(lines)
 }
 
+// expanded is a selector with what in it is meant.
+func expanded(selector, means string) string {
+	if means == "" {
+		return selector
+	}
+	return selector + " (" + means + ")"
+}
+
 // oneLine is the start of a rule's text without its layout.
 func oneLine(s string) string {
 	s = strings.Join(strings.Fields(s), " ")
@@ -294,53 +307,27 @@ func printableLines(lines []string) string {
 
 // verdictJSON is a verdict for programs.
 type verdictJSON struct {
-	From     string     `json:"from"`
-	To       string     `json:"to"`
-	Proto    int        `json:"proto"`
-	Port     uint16     `json:"port"`
-	Allowed  bool       `json:"allowed"`
-	Reason   string     `json:"reason"`
-	Receiver string     `json:"receiver,omitempty"`
-	Route    string     `json:"route,omitempty"`
-	Rules    []ruleJSON `json:"rules"`
-	Near     []ruleJSON `json:"near"`
-	SSH      []ruleJSON `json:"ssh"`
-}
-
-type ruleJSON struct {
-	Line     int      `json:"line"`
-	Column   int      `json:"column"`
-	Path     string   `json:"path"`
-	Text     string   `json:"text"`
-	Src      []string `json:"src,omitempty"`
-	Dst      string   `json:"dst,omitempty"`
-	Ports    string   `json:"ports,omitempty"`
-	Via      []string `json:"via,omitempty"`
-	Postures []string `json:"postures,omitempty"`
-	Users    []string `json:"users,omitempty"`
-	Check    bool     `json:"check,omitempty"`
-	Fails    []string `json:"fails,omitempty"`
+	From     string         `json:"from"`
+	To       string         `json:"to"`
+	Proto    int            `json:"proto"`
+	Port     uint16         `json:"port"`
+	Allowed  bool           `json:"allowed"`
+	Reason   string         `json:"reason"`
+	Receiver string         `json:"receiver,omitempty"`
+	Route    string         `json:"route,omitempty"`
+	Rules    []acl.RuleUse  `json:"rules"`
+	Near     []acl.NearMiss `json:"near"`
+	SSH      []acl.RuleUse  `json:"ssh"`
 }
 
 func (e *explainer) json(v *acl.Verdict) verdictJSON {
-	rule := func(r acl.RuleUse, fails []string) ruleJSON {
-		return ruleJSON{r.Line, r.Column, r.Path, r.Text, r.Src, r.Dst, r.Ports, r.Via, r.Postures, r.Users, r.Check, fails}
-	}
 	out := verdictJSON{
 		From: v.From.Addr.String(), To: v.To.Addr.String(), Proto: v.Proto, Port: v.Port, Allowed: v.Allowed, Reason: v.Reason,
-		Receiver: e.name(v.Receiver), Rules: []ruleJSON{}, Near: []ruleJSON{}, SSH: []ruleJSON{},
+		Receiver: e.name(v.Receiver), Rules: append([]acl.RuleUse{}, v.Rules...),
+		Near: append([]acl.NearMiss{}, v.Near...), SSH: append([]acl.RuleUse{}, v.SSH...),
 	}
 	if v.Route.IsValid() {
 		out.Route = v.Route.String()
-	}
-	for _, r := range v.Rules {
-		out.Rules = append(out.Rules, rule(r, nil))
-	}
-	for _, n := range v.Near {
-		out.Near = append(out.Near, rule(n.RuleUse, n.Fails))
-	}
-	for _, r := range v.SSH {
-		out.SSH = append(out.SSH, rule(r, nil))
 	}
 	return out
 }
