@@ -73,7 +73,7 @@ func (k *checker) imagine() {
 	if len(b.t.Nodes) == len(k.t.Nodes) {
 		return
 	}
-	a, err := Compile(k.p, &b.t)
+	a, _, err := CompileStored(k.p, &b.t)
 	if err != nil {
 		// The same policy compiled a moment ago; only a limit can be in the
 		// way, and then the tests run on real devices alone.

@@ -44,7 +44,7 @@ var limits = [expansions]struct {
 // Compile computes what the policy means for the tailnet. The error is of
 // type [Errors].
 func Compile(p *Policy, t *Tailnet) (*Access, error) {
-	c := &compiler{resolver: newResolver(t), p: p, sourceIndex: map[uint64][]*source{}}
+	c := newCompiler(p, t)
 	if errs := c.checkNames(p); len(errs) > 0 {
 		return nil, errs
 	}
@@ -56,7 +56,7 @@ func Compile(p *Policy, t *Tailnet) (*Access, error) {
 // whose last person left, a name that two people have) denote nobody; they are
 // reported as stale and close nothing else.
 func CompileStored(p *Policy, t *Tailnet) (a *Access, stale Errors, err error) {
-	c := &compiler{resolver: newResolver(t), p: p, sourceIndex: map[uint64][]*source{}}
+	c := newCompiler(p, t)
 	stale = c.checkNames(p)
 	a, err = c.compile()
 	return a, stale, err
@@ -81,6 +81,10 @@ type compiler struct {
 
 	own   []set // by user; see ownSet
 	spent [expansions]int
+}
+
+func newCompiler(p *Policy, t *Tailnet) *compiler {
+	return &compiler{resolver: newResolver(t), p: p, sourceIndex: map[uint64][]*source{}}
 }
 
 // overflow is the panic with which spend leaves the compilation.

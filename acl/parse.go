@@ -18,6 +18,16 @@ import (
 // is of type [Errors]; src is not kept or changed by the caller's view of it:
 // Parse works on a copy.
 func Parse(src []byte) (*Policy, error) {
+	p, errs := read(src)
+	if len(errs) > 0 {
+		return nil, errs
+	}
+	return p, nil
+}
+
+// read is Parse that returns also what it understood of a text with faults,
+// unless the text is no HuJSON at all.
+func read(src []byte) (*Policy, Errors) {
 	p := &Policy{
 		src:       bytes.Clone(src),
 		groups:    map[string]*group{},
@@ -42,10 +52,7 @@ func Parse(src []byte) (*Policy, error) {
 	r := &reader{p: p, used: map[string]bool{}}
 	p.used = r.used
 	r.document(&root)
-	if len(r.errs) > 0 {
-		return nil, r.errs
-	}
-	return p, nil
+	return p, r.errs
 }
 
 // syntaxError moves the place that hujson puts into its message, counted in

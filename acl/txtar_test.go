@@ -2,7 +2,6 @@ package acl_test
 
 import (
 	"bytes"
-	"errors"
 	"flag"
 	"fmt"
 	"path/filepath"
@@ -81,26 +80,19 @@ func runCases(t *testing.T, file string) {
 // outcome is the dump of the compiled policy, or its errors and failed tests
 // as LINE:COLUMN PATH: MESSAGE.
 func outcome(tn *acl.Tailnet, src []byte) string {
-	p, err := acl.Parse(src)
-	var a *acl.Access
-	if err == nil {
-		a, err = acl.Compile(p, tn)
-	}
 	var b strings.Builder
-	var errs acl.Errors
-	if errors.As(err, &errs) {
-		for _, e := range errs {
-			fmt.Fprintf(&b, "error %d:%d %s: %s\n", e.Line, e.Column, e.Path, e.Message)
-		}
-		return b.String()
+	x := acl.Examine(src, tn)
+	for _, e := range x.Errors {
+		fmt.Fprintf(&b, "error %d:%d %s: %s\n", e.Line, e.Column, e.Path, e.Message)
 	}
-	for _, e := range acl.Check(p, tn, a) {
+	for _, e := range x.Failed {
 		fmt.Fprintf(&b, "failed %d:%d %s: %s\n", e.Line, e.Column, e.Path, e.Message)
 	}
 	if b.Len() > 0 {
 		return b.String()
 	}
-	for _, w := range acl.Warnings(p, tn) {
+	a := x.Access
+	for _, w := range acl.Warnings(x.Policy, tn) {
 		fmt.Fprintf(&b, "warning %d:%d %s: %s\n", w.Line, w.Column, w.Path, w.Message)
 	}
 	for slot := range tn.Nodes {

@@ -2,7 +2,6 @@ package tailnetfile
 
 import (
 	"encoding/json"
-	"errors"
 	"net/netip"
 
 	"github.com/signalbox-net/signalbox/acl"
@@ -64,10 +63,7 @@ func CompileJSON(tailnet, policy []byte) (out []byte, ok bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	compiled, rejection, err := CompilePolicy(t, policy)
-	if err != nil {
-		return nil, false, err
-	}
+	compiled, rejection := CompilePolicy(t, policy)
 	if rejection != nil {
 		out, err = json.MarshalIndent(rejection, "", "  ")
 		return out, false, err
@@ -78,32 +74,21 @@ func CompileJSON(tailnet, policy []byte) (out []byte, ok bool, err error) {
 
 // CompilePolicy is CompileJSON on values. Exactly one of the results is not
 // nil.
-func CompilePolicy(t *acl.Tailnet, policy []byte) (*Compiled, *Rejection, error) {
-	p, err := acl.Parse(policy)
-	var a *acl.Access
-	if err == nil {
-		a, err = acl.Compile(p, t)
-	}
-	if err != nil {
-		var errs acl.Errors
-		if !errors.As(err, &errs) {
-			return nil, nil, err
+func CompilePolicy(t *acl.Tailnet, policy []byte) (*Compiled, *Rejection) {
+	x := acl.Examine(policy, t)
+	if faults := x.Faults(); len(faults) > 0 {
+		r := &Rejection{Error: testsFailed}
+		if len(x.Errors) > 0 {
+			r.Error = x.Errors.Message()
 		}
-		r := &Rejection{Error: errs.Message()}
-		for _, e := range errs {
+		for _, e := range faults {
 			r.Errors = append(r.Errors, Fault(*e))
 		}
-		return nil, r, nil
+		return nil, r
 	}
-	if fails := acl.Check(p, t, a); len(fails) > 0 {
-		r := &Rejection{Error: testsFailed}
-		for _, e := range fails {
-			r.Errors = append(r.Errors, Fault(e))
-		}
-		return nil, r, nil
-	}
+	a := x.Access
 	out := &Compiled{Warnings: []Fault{}, Nodes: make(map[string]*NodeView, len(t.Nodes))}
-	for _, w := range acl.Warnings(p, t) {
+	for _, w := range acl.Warnings(x.Policy, t) {
 		out.Warnings = append(out.Warnings, Fault(w))
 	}
 	for slot := range t.Nodes {
@@ -111,7 +96,7 @@ func CompilePolicy(t *acl.Tailnet, policy []byte) (*Compiled, *Rejection, error)
 			out.Nodes[t.Nodes[slot].Hostname] = nodeView(t, a, slot)
 		}
 	}
-	return out, nil, nil
+	return out, nil
 }
 
 func nodeView(t *acl.Tailnet, a *acl.Access, slot int) *NodeView {

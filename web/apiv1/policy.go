@@ -206,35 +206,16 @@ func (s *server) compile(r *http.Request, text string) (*compiled, error) {
 		return nil, err
 	}
 	defer free()
-	c, err := compileText([]byte(text), s.Replica.Current())
-	if err != nil {
-		return nil, err
+	snap := s.Replica.Current()
+	x := acl.Examine([]byte(text), snap.ACLTailnet())
+	if faults := x.Faults(); len(faults) > 0 {
+		return nil, policyErrors(faults)
 	}
-	failures := acl.Check(c.policy, c.snap.ACLTailnet(), c.access)
-	if len(failures) == 0 {
-		return c, nil
-	}
-	faults := make([]*acl.Error, len(failures))
-	for i, f := range failures {
-		faults[i] = &acl.Error{Line: f.Line, Column: f.Column, Path: f.Path, Message: f.Message}
-	}
-	return nil, policyErrors(faults)
+	return &compiled{snap, x.Policy, x.Access}, nil
 }
 
-func compileText(text []byte, snap *tailnet.Snapshot) (*compiled, error) {
-	p, err := acl.Parse(text)
-	if err != nil {
-		return nil, policyFault(err)
-	}
-	a, err := acl.Compile(p, snap.ACLTailnet())
-	if err != nil {
-		return nil, policyFault(err)
-	}
-	return &compiled{snap, p, a}, nil
-}
-
-// compileStored is compileText for a version that was accepted before: names in it that the tailnet refutes by now denote nobody, as they do
-// while it is live.
+// compileStored compiles a version that was accepted before: names in it that the tailnet refutes by now denote nobody, as they do while it is
+// live.
 func compileStored(text []byte, snap *tailnet.Snapshot) (*acl.Access, error) {
 	p, err := acl.Parse(text)
 	if err != nil {

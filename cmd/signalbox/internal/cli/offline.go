@@ -57,10 +57,7 @@ func (m *program) checkText(path string, text []byte) error {
 
 // checkAgainst is policy check on a tailnet.
 func (m *program) checkAgainst(t *acl.Tailnet, path string, text []byte) error {
-	compiled, rejection, err := tailnetfile.CompilePolicy(t, text)
-	if err != nil {
-		return err
-	}
+	compiled, rejection := tailnetfile.CompilePolicy(t, text)
 	if rejection != nil {
 		return m.refusePolicy(path, text, rejection)
 	}
