@@ -110,6 +110,12 @@ type DERP struct {
 	Paths             []string
 	AutoUpdateEnabled bool
 	UpdateFrequency   time.Duration
+	Verify            DERPVerify
+}
+
+// DERPVerify has the keys derp.verify.*: relays that ask who is a member.
+type DERPVerify struct {
+	Allow []netip.Prefix // they may ask from here too, not only from the addresses of the DERP map
 }
 
 // DERPServer has the keys derp.server.*: the embedded relay and STUN.

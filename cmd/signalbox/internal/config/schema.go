@@ -87,6 +87,8 @@ var schema = []key{
 		Doc: "Fetch derp.urls again every update_frequency."},
 	{Name: "derp.update_frequency", At: func(c *Config) any { return &c.DERP.UpdateFrequency }, Default: "3h",
 		Doc: "How often."},
+	{Name: "derp.verify.allow", At: func(c *Config) any { return &c.DERP.Verify.Allow },
+		Doc: "Addresses or prefixes from which relays may ask at /verify whether a node is ours (`derper --verify-client-url`), besides loopback and the addresses that the DERP map names or its host names resolve to: for relays that speak from elsewhere."},
 
 	{Name: "disable_check_updates", At: func(c *Config) any { return &c.DisableCheckUpdates }, Default: true,
 		Inert: "the server never looks for updates",

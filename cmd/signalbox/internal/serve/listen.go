@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/go-chi/chi/v5"
+	"tailscale.com/tailcfg"
 
 	"github.com/signalbox-net/signalbox/derp"
 	"github.com/signalbox-net/signalbox/web/apiv1"
@@ -20,8 +21,8 @@ import (
 	"github.com/signalbox-net/signalbox/web/pages"
 )
 
-// bindMain binds the main listener and port 80 beside it, where clients look for it, and settles the URL that is the listener's own when nobody has set another. Connections wait in the kernel
-// until everything runs.
+// bindMain binds the main listener and port 80 beside it, where clients look for it, and settles the URL that is the listener's own when nobody
+// has set another. Connections wait in the kernel until everything runs.
 func (s *server) bindMain() error {
 	var err error
 	if s.tls, s.http01, err = s.tlsConfig(); err != nil {
@@ -167,7 +168,7 @@ func (s *server) mainHandler(api http.Handler) http.Handler {
 			r.Handle(path, relay)
 		}
 	}
-	r.Method(http.MethodPost, "/verify", derp.VerifyHandler(s.admit, s.mayVerify, listener.ClientAddr))
+	r.Method(http.MethodPost, "/verify", s.verify())
 	r.Handle("/api/*", api)
 	rest := pages.New(pages.Config{
 		Store: s.store, Tailnet: s.tailnet, Ledger: s.ledger, ServerURL: s.cfg.ServerURL, Build: build(), Checks: s.checks(), Log: s.log,
@@ -205,19 +206,10 @@ func (s *server) local(api, debug http.Handler) http.Handler {
 	})
 }
 
-// mayVerify reports whether a relay at this address may ask who is a member: this machine, and the nodes of the relay map.
-func (s *server) mayVerify(a netip.Addr) bool {
-	if a.IsLoopback() {
-		return true
+// verify answers relays elsewhere that ask who is a member.
+func (s *server) verify() http.Handler {
+	sources := &derp.RelaySources{
+		Map: func() *tailcfg.DERPMap { return s.replica.Current().DERPMap() }, Extra: s.cfg.DERP.Verify.Allow, LookupIP: s.lookupIP,
 	}
-	for _, region := range s.replica.Current().DERPMap().Regions {
-		for _, n := range region.Nodes {
-			for _, text := range []string{n.IPv4, n.IPv6, n.HostName} {
-				if ip, err := netip.ParseAddr(text); err == nil && ip == a {
-					return true
-				}
-			}
-		}
-	}
-	return false
+	return derp.VerifyHandler(s.admit, sources.Allow, listener.ClientAddr)
 }

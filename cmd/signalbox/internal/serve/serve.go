@@ -63,6 +63,8 @@ type server struct {
 	doors   []*listener.Server
 	files   []*follower
 	times   *times // nil: nothing is timed
+
+	lookupIP func(ctx context.Context, host string) ([]netip.Addr, error) // of relays that ask; nil means the system's resolver
 }
 
 // exitDamaged is the exit code of a start that found the database damaged.
