@@ -45,8 +45,19 @@ func (tx *Tx) AllocateAddrs(p Pools) (v4, v6 netip.Addr, err error) {
 	return searches[0].found, searches[1].found, nil
 }
 
-// AddrFree tells whether no node has the address. That it is held or reserved
-// does not matter here: an administrator may choose it.
+// Assignable tells whether a node may have the address: it is in the pool of
+// its family, neither the pool's first nor, for IPv4, its last, and in no
+// range that clients use for themselves.
+func (p Pools) Assignable(a netip.Addr) bool {
+	pool := p.IPv6
+	if a.Is4() {
+		pool = p.IPv4
+	}
+	return pool.IsValid() && usable(pool.Masked(), a)
+}
+
+// AddrFree tells whether no node has the address. That it is held does not
+// matter here: an administrator may choose it.
 func (tx *Tx) AddrFree(a netip.Addr) (bool, error) {
 	var n int
 	text := a.Unmap().String()

@@ -2,6 +2,7 @@ package db
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -43,6 +44,18 @@ func (tx *Tx) FreeName(base, forOwner string, reserved ...string) (string, error
 		return "", fmt.Errorf("find a free name: %w", err)
 	}
 	return name, nil
+}
+
+// NameFree tells whether a node may have the name: it is reserved neither here
+// nor in reserved, and no node has it. That it is held for its former owner
+// does not matter here: an administrator may choose it.
+func (tx *Tx) NameFree(name string, reserved ...string) (bool, error) {
+	if reservedNames[name] || slices.Contains(reserved, name) {
+		return false, nil
+	}
+	var n int
+	err := tx.one(&n, "SELECT count(*) FROM nodes WHERE tailnet_id = ? AND given_name = ?", tx.tailnet, name)
+	return n == 0, err
 }
 
 func (tx *Tx) freeName(base, forOwner string, refused map[string]bool) (string, error) {

@@ -216,6 +216,11 @@ func testNameHeld(t *testing.T, f *fixture) {
 		if got, err := tx.FreeName("web", other.Owner()); got != "web-1" || err != nil {
 			t.Errorf("a name just given up: %q, %v", got, err)
 		}
+		for name, want := range map[string]bool{"web": true, "www": false, "localhost": false, "vpn": false} {
+			if free, err := tx.NameFree(name, "vpn"); err != nil || free != want {
+				t.Errorf("NameFree(%s) = %v, %v", name, free, err)
+			}
+		}
 		return nil
 	})
 }

@@ -139,8 +139,13 @@ func (s *server) expireNode(w http.ResponseWriter, r *http.Request) (any, error)
 	})
 }
 
+// renameNode takes ?force=true for a name that is still held for its former owner.
 func (s *server) renameNode(r *http.Request) (any, error) {
 	name, err := pathText(r, "name")
+	if err != nil {
+		return nil, err
+	}
+	force, err := queryBool(r, "force")
 	if err != nil {
 		return nil, err
 	}
@@ -157,11 +162,64 @@ func (s *server) renameNode(r *http.Request) (any, error) {
 			return err
 		}
 		if free != name {
-			return conflict("the name %q is taken, reserved, or held for its former owner; %q is free", name, free)
+			held, err := tx.NameFree(name, s.Reserved...)
+			switch {
+			case err != nil:
+				return err
+			case !held:
+				return conflict("the name %q is taken or reserved; %q is free", name, free)
+			case !force:
+				return conflict("the name %q is held for its former owner (force=true takes it nevertheless); %q is free", name, free)
+			}
 		}
 		n.GivenName = name
 		return nil
 	})
+}
+
+// setIP gives a node the address of the body in place of its address of that family.
+func (s *server) setIP(w http.ResponseWriter, r *http.Request) (any, error) {
+	var req SetIPRequest
+	if err := decode(w, r, &req, maxBody, false); err != nil {
+		return nil, err
+	}
+	a, err := netip.ParseAddr(req.IPAddress)
+	switch {
+	case err != nil || a.Zone() != "":
+		return nil, badField("body.ipAddress", "must be an address such as 100.64.0.7")
+	case !s.Pools.Assignable(a.Unmap()):
+		return nil, badField("body.ipAddress", "%v cannot be a node's: it is outside of %s, or has a meaning of its own", a, s.prefixes())
+	}
+	a = a.Unmap()
+	return s.changeNode(r, "node.addresses", func(tx *db.Tx, n *db.Node) error {
+		if n.IPv4 == a || n.IPv6 == a {
+			return nil
+		}
+		free, err := tx.AddrFree(a)
+		if err != nil {
+			return err
+		}
+		if !free {
+			return conflict("another node has the address %v", a)
+		}
+		if a.Is4() {
+			n.IPv4 = a
+		} else {
+			n.IPv6 = a
+		}
+		return nil
+	})
+}
+
+// prefixes names the configured pools.
+func (s *server) prefixes() string {
+	var list []string
+	for _, p := range []netip.Prefix{s.Pools.IPv4, s.Pools.IPv6} {
+		if p.IsValid() {
+			list = append(list, p.String())
+		}
+	}
+	return strings.Join(list, " and ")
 }
 
 // setTags gives a node to its tags. It loses its person, and with the person

@@ -122,7 +122,7 @@ func TestNodeRename(t *testing.T) {
 	if n := get[NodeResponse](w, "POST", path+"Web-1", nil).Node; n.GivenName != "web-1" || n.Name != "one" {
 		t.Errorf("renamed = %+v", n)
 	}
-	w.refused(409, `"two" is taken, `, "POST", path+"two", nil)
+	w.refused(409, `"two" is taken or reserved`, "POST", path+"two", nil)
 	w.refused(409, "reserved", "POST", path+"localhost", nil)
 	for _, bad := range []string{"-a", "a-", "a.b", "a_b", "%C3%BC", "a%20b", strings.Repeat("a", 64), "%2e", "a%00"} {
 		w.refused(400, "path.name", "POST", path+bad, nil)
@@ -132,6 +132,62 @@ func TestNodeRename(t *testing.T) {
 	if now := w.lastAudit().Number; now != audits {
 		t.Errorf("a rename to the same name wrote audit row %d", now)
 	}
+}
+
+// A released name waits for its former owner. An administrator may give it away, a name in use or a reserved one not.
+func TestForcedRenameTakesAHeldName(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Reserved = []string{"vpn"} })
+	path := nodePath(w.addNode("one", w.alice, nil)) + "/rename/"
+	w.addNode("two", 0, []string{"tag:server"})
+	gone := w.addNode("three", 0, []string{"tag:server"})
+	get[EmptyResponse](w, "DELETE", nodePath(gone), nil)
+	w.refused(409, "held for its former owner", "POST", path+"three", nil)
+	w.refused(409, "held for its former owner", "POST", path+"three?force=false", nil)
+	w.refused(400, "query.force", "POST", path+"three?force=perhaps", nil)
+	for _, name := range []string{"two", "localhost", "vpn"} {
+		w.refused(409, "is taken or reserved", "POST", path+name+"?force=true", nil)
+	}
+	if n := get[NodeResponse](w, "POST", path+"three?force=true", nil).Node; n.GivenName != "three" {
+		t.Errorf("renamed = %+v", n)
+	}
+	if a := w.lastAudit(); a.Action != "node.rename" || !strings.Contains(string(a.After), `"three"`) {
+		t.Errorf("audit = %s %s", a.Action, a.After)
+	}
+}
+
+// An address is an administrator's to choose, also one that was given up just now, as long as no node has it.
+func TestSetIP(t *testing.T) {
+	w := newWorld(t)
+	id, other := w.addNode("one", w.alice, nil), w.addNode("two", w.alice, nil)
+	path := fmt.Sprintf("%s/node/%d/ip", own, id)
+	set := func(a string) []string {
+		t.Helper()
+		return get[NodeResponse](w, "POST", path, SetIPRequest{a}).Node.IPAddresses
+	}
+	if got := strings.Join(set("100.64.0.77"), " "); got != "100.64.0.77 fd7a:115c:a1e0::1" {
+		t.Errorf("addresses = %s", got)
+	}
+	if a := w.lastAudit(); a.Action != "node.addresses" || a.Target != "node:1" || !strings.Contains(string(a.Before), "100.64.0.1") || !strings.Contains(string(a.After), "100.64.0.77") {
+		t.Errorf("audit = %s %s %s %s", a.Action, a.Target, a.Before, a.After)
+	}
+	if got := strings.Join(set("fd7a:115c:a1e0::4d"), " "); got != "100.64.0.77 fd7a:115c:a1e0::4d" {
+		t.Errorf("addresses = %s", got)
+	}
+	if n := w.replica.Current().Node(id); n.IPv4.String() != "100.64.0.77" || n.IPv6.String() != "fd7a:115c:a1e0::4d" {
+		t.Errorf("the snapshot has %v and %v", n.IPv4, n.IPv6)
+	}
+	audits := w.lastAudit().Number
+	set("::ffff:100.64.0.77")
+	if now := w.lastAudit().Number; now != audits {
+		t.Errorf("the address that the node has wrote audit row %d", now)
+	}
+	w.refused(409, "another node has the address", "POST", path, SetIPRequest{w.replica.Current().Node(other).IPv4.String()})
+	// 100.64.0.1 was given up a moment ago.
+	get[NodeResponse](w, "POST", fmt.Sprintf("%s/node/%d/ip", own, other), SetIPRequest{"100.64.0.1"})
+	for _, bad := range []string{"", "here", "100.64.0.9/32", "10.0.0.1", "100.64.0.0", "100.127.255.255", "100.100.100.100", "100.115.92.7", "fd7a:115c:a1e0::53", "fd7a:115c:a1e0::7%1", "2001:db8::1"} {
+		w.refused(400, "body.ipAddress", "POST", path, SetIPRequest{bad})
+	}
+	w.refused(404, "no node has the id 99", "POST", own+"/node/99/ip", SetIPRequest{"100.64.0.5"})
 }
 
 func TestTaggedNodeLosesUserAndExpiry(t *testing.T) {
@@ -273,6 +329,7 @@ func TestNoActWithoutAudit(t *testing.T) {
 		{"POST", "/api/v1/node/backfillips?confirmed=true", "", "node.addresses"},
 		{"POST", "/api/v1/node/1/rename/new", "", "node.rename"},
 		{"POST", "/api/v1/node/1/approve_routes", `{"routes":["10.0.0.0/8"]}`, "node.routes"},
+		{"POST", "/api/signalbox/v1/node/1/ip", `{"ipAddress":"100.64.5.5"}`, "node.addresses"},
 		{"POST", "/api/v1/node/1/expire", "", "node.expire"},
 		{"POST", "/api/v1/node/1/tags", `{"tags":["tag:a"]}`, "node.tags"},
 		{"POST", "/api/v1/auth/register", `{"user":"alice","authId":"` + login + `"}`, "node.register"},

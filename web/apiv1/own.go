@@ -29,6 +29,7 @@ func (s *server) ownRoutes(m chi.Router) {
 	m.Get("/policy/explain", s.handle(s.explainPolicy))
 	m.Post("/node/{id}/ping", s.handleBody(s.pingNode))
 	m.Post("/node/{id}/c2n", s.handleBody(s.callNode))
+	m.Post("/node/{id}/ip", s.handleBody(s.setIP))
 	m.Get("/servers", s.handle(s.listServers))
 	m.Get("/audit", s.handle(s.listAudit))
 }

@@ -195,6 +195,11 @@ type DebugNodeRequest struct {
 	Routes []string `json:"routes"`
 }
 
+// SetIPRequest is the body of POST /api/signalbox/v1/node/{id}/ip.
+type SetIPRequest struct {
+	IPAddress string `json:"ipAddress"`
+}
+
 // PolicyRequest is the body of POST /policy/check: HuJSON text.
 type PolicyRequest struct {
 	Policy string `json:"policy"`

@@ -35,7 +35,7 @@ type node struct {
 
 func (m *program) nodesCmd() *cobra.Command {
 	g := m.group("nodes", "Manage the nodes", "node", "machine", "machines")
-	g.AddCommand(m.nodesList(), m.nodesListRoutes(), m.nodesRegister(), m.nodesExpire(), m.nodesRename(),
+	g.AddCommand(m.nodesList(), m.nodesListRoutes(), m.nodesRegister(), m.nodesExpire(), m.nodesRename(), m.nodesSetIP(),
 		m.nodesDelete(), m.nodesBackfillIPs(), m.nodesTag(), m.nodesApproveRoutes(), m.nodesPing())
 	return g
 }
@@ -218,9 +218,30 @@ func (m *program) nodesExpire() *cobra.Command {
 func (m *program) nodesRename() *cobra.Command {
 	var id string
 	cmd := m.verb("rename NEW_NAME", "Rename a node", 1, func(cmd *cobra.Command, args []string) error {
-		return m.nodeVerb(cmd, "POST", "/node/"+id+"/rename/"+url.PathEscape(args[0]), nil, "Node renamed to NAME")
+		path := "/node/" + id + "/rename/" + url.PathEscape(args[0])
+		if m.force {
+			path += "?force=true"
+		}
+		return m.nodeVerb(cmd, "POST", path, nil, "Node renamed to NAME")
 	})
+	cmd.Long = "A name that a node gave up in the last 24 h is held for its former owner; --force takes it nevertheless. A name that a node has stays its own."
 	m.nodeID(cmd, &id)
+	return cmd
+}
+
+func (m *program) nodesSetIP() *cobra.Command {
+	var id, addr string
+	cmd := m.verb("set-ip", "Give a node another address", 0, func(cmd *cobra.Command, _ []string) error {
+		a, err := netip.ParseAddr(addr)
+		if err != nil {
+			return usagef("--ip: want an address such as 100.64.0.7, got %q", addr)
+		}
+		return m.nodeVerb(cmd, "POST", own+"/node/"+id+"/ip", map[string]any{"ipAddress": a.String()}, "Node NAME has the address "+a.String())
+	})
+	cmd.Long = "The address replaces the node's address of that family. It has to be in prefixes.v4 or prefixes.v6, and no other node may have it."
+	m.nodeID(cmd, &id)
+	cmd.Flags().StringVar(&addr, "ip", "", "the address")
+	required(cmd, "ip")
 	return cmd
 }
 
