@@ -290,15 +290,28 @@ func (s *Server) Admit(k key.NodePublic) bool {
 	return n != nil && !n.Dead()
 }
 
-// Run works until ctx ends: it writes reports, follows the log, watches streams and does the duties. Streams end before the log is left, and
-// the last reports are written.
-func (s *Server) Run(ctx context.Context) error {
+// Run works until ctx ends: it writes reports, follows the log, watches streams and does the duties. Beside them it runs doors: whatever else
+// takes work that may write. When ctx ends, or one of them fails, the stop goes in phases: streams, duties and doors end, and what they have
+// begun is finished; then the last reports are written; then the log is left. So a request whose change was committed still sees it.
+func (s *Server) Run(ctx context.Context, doors ...func(context.Context) error) error {
+	follow, leave := context.WithCancel(context.WithoutCancel(ctx))
+	defer leave()
+	write, seal := context.WithCancel(context.WithoutCancel(ctx))
+	defer seal()
+	var replica, ledger errgroup.Group
+	replica.Go(func() error { return s.cfg.Replica.Run(follow) })
+	ledger.Go(func() error { return s.cfg.Ledger.Run(write) })
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.cfg.Replica.Run(ctx) })
-	g.Go(func() error { return s.cfg.Ledger.Run(ctx) })
 	g.Go(func() error { return s.Poll.Run(ctx) })
 	g.Go(func() error { return s.C2N.Run(ctx) })
 	g.Go(func() error { return s.watchRouters(ctx) })
 	g.Go(func() error { return s.duties(ctx) })
-	return g.Wait()
+	for _, run := range doors {
+		g.Go(func() error { return run(ctx) })
+	}
+	err := g.Wait()
+	seal()
+	err = errors.Join(err, ledger.Wait())
+	leave()
+	return errors.Join(err, replica.Wait())
 }

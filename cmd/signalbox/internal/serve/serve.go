@@ -227,9 +227,11 @@ func (s *server) admit(k key.NodePublic) bool { return s.control != nil && s.con
 const stopWithin = 5 * time.Second
 
 // run does the work until ctx ends or a part fails.
-func (s *server) run(ctx context.Context) error {
+func (s *server) run(ctx context.Context) error { return s.control.Run(ctx, s.doorsAndDuties) }
+
+// doorsAndDuties runs what takes requests and what writes by itself. It ends with ctx, when what was begun is finished or has used up its time.
+func (s *server) doorsAndDuties(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.control.Run(ctx) })
 	g.Go(func() error { return s.checker.Run(ctx) })
 	g.Go(func() error { return s.regions.Run(ctx) })
 	if s.relay != nil {
