@@ -1,6 +1,7 @@
 package netmap_test
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -8,6 +9,7 @@ import (
 
 	"tailscale.com/tailcfg"
 
+	"github.com/signalbox-net/signalbox/control/controltest"
 	"github.com/signalbox-net/signalbox/control/netmap"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
@@ -30,6 +32,34 @@ func fleet(t *testing.T, policy string, nodes int) *world {
 	}
 	w.publish()
 	return w
+}
+
+// first is the message that begins a session of the viewer.
+func first(t *testing.T, s *tailnet.Snapshot, id tailcfg.NodeID) *tailcfg.MapResponse {
+	t.Helper()
+	z, err := controltest.ReadMessage(bytes.NewReader(netmap.Wire(netmap.Full(s, netmap.Viewer{Slot: s.Node(id).Slot}), false)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := new(tailcfg.MapResponse)
+	if err := controltest.Decode(z, m); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// Clients before capability version 131 read auto_update.enabled from the message, later ones from their node. Both say the same.
+func TestAutoUpdateIsSaidInBothForms(t *testing.T) {
+	for _, on := range []string{"true", "false"} {
+		w := fleet(t, policies[0], 2)
+		w.begin()
+		w.set(tailnet.SettingOptions, `{"autoUpdate": `+on+`}`)
+		w.publish()
+		m := first(t, w.now, 1)
+		if got := m.Node.CapMap[tailcfg.NodeAttrDefaultAutoUpdate]; len(got) != 1 || string(got[0]) != on || string(m.DeprecatedDefaultAutoUpdate) != on {
+			t.Errorf("updates %s: capability %q, field %q", on, got, m.DeprecatedDefaultAutoUpdate)
+		}
+	}
 }
 
 // to is what a viewer is sent between two snapshots.

@@ -14,12 +14,20 @@ import (
 )
 
 // Full is the message that begins a session: everything that the node in v.Slot may know, in the order in which the client needs it.
+//
+// MapResponse.ClientVersion is left out: without it a client says nothing of updates, and this server knows of no releases, so that neither
+// "you run the latest" nor a newer version would be true.
 func Full(s *tailnet.Snapshot, v Viewer) Message {
 	n := s.NodeAt(v.Slot)
 	seen := s.Visible(v.Slot, nil)
 	var w writer
 	w.text(`{"Node":`)
-	w.json(selfNode(s, v.Slot))
+	self := selfNode(s, v.Slot)
+	w.json(self)
+	// Clients before capability version 131 read this field, newer ones the capability of the same meaning.
+	if update := self.CapMap[tailcfg.NodeAttrDefaultAutoUpdate]; len(update) == 1 {
+		w.text(`,"DefaultAutoUpdate":` + string(update[0]))
+	}
 	w.text(`,"Domain":`)
 	w.json(s.Settings().DNS.BaseDomain)
 	w.text(`,"CollectServices":`)

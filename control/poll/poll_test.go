@@ -114,6 +114,10 @@ func TestFirstMapIsComplete(t *testing.T) {
 		t.Errorf("SSH policy %+v", m.SSHPolicy)
 	case m.ControlTime == nil || m.CollectServices == "":
 		t.Errorf("time %v, collect services %q", m.ControlTime, m.CollectServices)
+	case m.DeprecatedDefaultAutoUpdate != "false":
+		t.Errorf("automatic updates %q, want false", m.DeprecatedDefaultAutoUpdate)
+	case m.ClientVersion != nil:
+		t.Errorf("client version %+v, which this server cannot know", m.ClientVersion)
 	case len(m.Peers) != 2 || m.Peers[0].ID != tagged.ID() || m.Peers[1].ID != bob.ID():
 		t.Errorf("peers are not in order of their ids: %+v", m.Peers)
 	}
