@@ -85,6 +85,34 @@ func TestHostileHostNames(t *testing.T) {
 	})
 }
 
+// The name of an extra record is nobody's, also when the record came while the server was running.
+func TestHostileNodeCannotTakeTheNameOfARecord(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	g.Update(func(tx *db.Tx) error {
+		_, err := tx.PutSetting(tailnet.SettingExtraRecords, []byte(`[{"Name": "Grafana.mesh.test.", "Value": "100.64.9.9"}, {"Name": "wiki.elsewhere.test", "Value": "100.64.9.8"}]`))
+		return err
+	})
+	joined, reporter := g.join("grafana"), g.join("reporter")
+	reporter.Info.Hostname = "grafana"
+	reporter.Report()
+	reporter.Close()
+	again := g.join("again")
+	again.Rekey()
+	again.Info.Hostname = "grafana"
+	again.Join(g.key)
+	for what, c := range map[string]*controltest.Client{"registration": joined, "report": reporter, "registration again": again} {
+		g.WaitNode(c.ID(), "the name that was sent", func(n *tailnet.Node) bool { return n.Hostname == "grafana" })
+		if n := g.Replica.Current().Node(c.ID()); !strings.HasPrefix(n.GivenName, "grafana-") {
+			t.Errorf("%s: a node is named %q", what, n.GivenName)
+		}
+	}
+	wiki := g.join("wiki")
+	if n := g.Replica.Current().Node(wiki.ID()); n.GivenName != "wiki" {
+		t.Errorf("a record elsewhere reserved a name: %q", n.GivenName)
+	}
+}
+
 func TestHostileHostinfoCannotHurtPeers(t *testing.T) {
 	t.Parallel()
 	g := start(t, controltest.Options{})

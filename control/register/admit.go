@@ -79,7 +79,7 @@ func (r *Registrar) renew(tx *db.Tx, d *device, rec *db.Node) error {
 	rec.Expiry = r.expiry(tx, d)
 	rec.AuthKeyID, rec.RegisterMethod = d.authKey, d.method
 	if h := d.hostinfo.Hostname; h != rec.Hostname && tailnet.AutoNamed(rec.GivenName, rec.Hostname) && tailnet.Label(h, rec.ID) != tailnet.Label(rec.Hostname, rec.ID) {
-		name, err := tx.FreeName(tailnet.Label(h, rec.ID), rec.Owner(), r.cfg.Reserved...)
+		name, err := tx.FreeName(tailnet.Label(h, rec.ID), rec.Owner(), r.cfg.Replica.ReservedLabels(r.cfg.Reserved)...)
 		if err != nil {
 			return err
 		}
@@ -99,7 +99,7 @@ func (r *Registrar) create(tx *db.Tx, d *device) (*db.Node, error) {
 		State: db.NodeState{Hostinfo: d.hostinfo, Cap: d.version, LastSeen: tx.Now()},
 	}
 	var err error
-	if rec.GivenName, err = tx.FreeName(cmp.Or(d.name, tailnet.Label(d.hostinfo.Hostname, 0)), rec.Owner(), r.cfg.Reserved...); err != nil {
+	if rec.GivenName, err = tx.FreeName(cmp.Or(d.name, tailnet.Label(d.hostinfo.Hostname, 0)), rec.Owner(), r.cfg.Replica.ReservedLabels(r.cfg.Reserved)...); err != nil {
 		return nil, fmt.Errorf("choose a name: %w", err)
 	}
 	if rec.IPv4, rec.IPv6, err = tx.AllocateAddrs(r.cfg.Pools); err != nil {

@@ -270,7 +270,7 @@ func (l *Ledger) applyUpdate(tx *db.Tx, rec *db.Node, st *db.NodeState, u *Updat
 	renamed.Hostname = u.Hostinfo.Hostname
 	if AutoNamed(rec.GivenName, rec.Hostname) {
 		if label := Label(u.Hostinfo.Hostname, rec.ID); label != Label(rec.Hostname, rec.ID) {
-			name, err := tx.FreeName(label, rec.Owner(), l.cfg.Reserved...)
+			name, err := tx.FreeName(label, rec.Owner(), l.cfg.Replica.ReservedLabels(l.cfg.Reserved)...)
 			if err != nil {
 				return err
 			}

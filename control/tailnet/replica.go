@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -68,6 +69,11 @@ func NewReplica(ctx context.Context, cfg ReplicaConfig) (*Replica, error) {
 
 // Current is the newest snapshot. It never blocks.
 func (r *Replica) Current() *Snapshot { return r.cur.Load() }
+
+// ReservedLabels are the labels that no device may be named: own, and those of the extra records that are known now.
+func (r *Replica) ReservedLabels(own []string) []string {
+	return slices.Concat(own, r.Current().Settings().RecordLabels())
+}
 
 // Announced is closed when there is something new to tell clients. A session takes the channel first, then Current, so that it misses
 // nothing. Announcements are spaced by ReplicaConfig.Gap; Current is always newest.

@@ -56,12 +56,27 @@ type Settings struct {
 	// more, which clients have to be told.
 	DialPlan *tailcfg.ControlDialPlan
 
-	maps map[string]*tailcfg.DERPMap // by setting
-	raw  map[string]string           // name to hash, to see what moved
+	labels []string                    // see RecordLabels
+	maps   map[string]*tailcfg.DERPMap // by setting
+	raw    map[string]string           // name to hash, to see what moved
 }
 
 // Suffix is the MagicDNS suffix with the trailing dot.
 func (s *Settings) Suffix() string { return s.DNS.BaseDomain + "." }
+
+// RecordLabels are the labels that extra records have directly below the base domain: a device of such a name would answer for the record.
+func (s *Settings) RecordLabels() []string { return s.labels }
+
+func recordLabels(base string, records []tailcfg.DNSRecord) (out []string) {
+	for _, r := range records {
+		label, ok := strings.CutSuffix(strings.ToLower(strings.Trim(r.Name, ".")), "."+strings.ToLower(base))
+		if ok && !strings.Contains(label, ".") {
+			out = append(out, label)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
 
 // parseSettings reads the stored documents. A document that does not parse keeps what prev says: an older server may meet a newer one's.
 func parseSettings(prev *Settings, rows map[string]*db.Setting) (*Settings, error) {
@@ -86,6 +101,7 @@ func parseSettings(prev *Settings, rows map[string]*db.Setting) (*Settings, erro
 			s.mergeMaps()
 		}
 	}
+	s.labels = recordLabels(s.DNS.BaseDomain, s.Records)
 	return s, first
 }
 

@@ -157,12 +157,13 @@ func (s *server) renameNode(r *http.Request) (any, error) {
 		if n.GivenName == name {
 			return nil
 		}
-		free, err := tx.FreeName(name, n.Owner(), s.Reserved...)
+		reserved := slices.Concat(s.Reserved, s.Replica.Current().Settings().RecordLabels())
+		free, err := tx.FreeName(name, n.Owner(), reserved...)
 		if err != nil {
 			return err
 		}
 		if free != name {
-			held, err := tx.NameFree(name, s.Reserved...)
+			held, err := tx.NameFree(name, reserved...)
 			switch {
 			case err != nil:
 				return err

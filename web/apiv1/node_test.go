@@ -14,6 +14,7 @@ import (
 	"github.com/go-chi/chi/v5"
 	"tailscale.com/tailcfg"
 
+	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
 
@@ -139,12 +140,20 @@ func TestForcedRenameTakesAHeldName(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Reserved = []string{"vpn"} })
 	path := nodePath(w.addNode("one", w.alice, nil)) + "/rename/"
 	w.addNode("two", 0, []string{"tag:server"})
+	w.do(func(tx *db.Tx) error {
+		if _, err := tx.PutSetting(tailnet.SettingDNS, []byte(`{"baseDomain": "mesh.test"}`)); err != nil {
+			return err
+		}
+		_, err := tx.PutSetting(tailnet.SettingExtraRecords, []byte(`[{"Name": "grafana.mesh.test", "Value": "100.64.9.9"}]`))
+		return err
+	})
+	w.refused(409, "is taken or reserved", "POST", path+"grafana", nil)
 	gone := w.addNode("three", 0, []string{"tag:server"})
 	get[EmptyResponse](w, "DELETE", nodePath(gone), nil)
 	w.refused(409, "held for its former owner", "POST", path+"three", nil)
 	w.refused(409, "held for its former owner", "POST", path+"three?force=false", nil)
 	w.refused(400, "query.force", "POST", path+"three?force=perhaps", nil)
-	for _, name := range []string{"two", "localhost", "vpn"} {
+	for _, name := range []string{"two", "localhost", "vpn", "grafana"} {
 		w.refused(409, "is taken or reserved", "POST", path+name+"?force=true", nil)
 	}
 	if n := get[NodeResponse](w, "POST", path+"three?force=true", nil).Node; n.GivenName != "three" {

@@ -195,22 +195,18 @@ func (s *server) pools() db.Pools {
 	return db.Pools{IPv4: p.V4, IPv6: p.V6, Random: p.Allocation == "random"}
 }
 
-// reserved are labels that would hide a name that is not a device's: the server's own, and extra records'.
+// reserved is the label that would hide the server's own name. Those of extra records are reserved by the records themselves, since a file or
+// another server may change them.
 func (s *server) reserved() []string {
-	base := "." + strings.Trim(s.cfg.DNS.BaseDomain, ".")
-	var out []string
-	add := func(name string) {
-		if label, ok := strings.CutSuffix(strings.Trim(name, "."), base); ok && !strings.Contains(label, ".") {
-			out = append(out, label)
-		}
+	u, err := url.Parse(s.cfg.ServerURL)
+	if err != nil {
+		return nil
 	}
-	if u, err := url.Parse(s.cfg.ServerURL); err == nil {
-		add(u.Hostname())
+	label, ok := strings.CutSuffix(u.Hostname(), "."+strings.Trim(s.cfg.DNS.BaseDomain, "."))
+	if !ok || strings.Contains(label, ".") {
+		return nil
 	}
-	for _, r := range s.cfg.DNS.ExtraRecords {
-		add(r.Name)
-	}
-	return out
+	return []string{label}
 }
 
 // machineAddrs are addresses by which other machines may reach this one over plain HTTP: private ones.
