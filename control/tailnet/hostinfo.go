@@ -33,13 +33,7 @@ func CleanHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
 	}
 	c := *h
 	c.Hostname = cleanString(c.Hostname, maxHostname)
-	for _, s := range []*string{
-		&c.IPNVersion, &c.FrontendLogID, &c.BackendLogID, &c.OS, &c.OSVersion, &c.Env, &c.Distro, &c.DistroVersion, &c.DistroCodeName,
-		&c.Package, &c.DeviceModel, &c.PushDeviceToken, &c.GoArch, &c.GoArchVar, &c.GoVersion, &c.Machine, &c.App, &c.Cloud,
-		&c.ServicesHash, (*string)(&c.ExitNodeID),
-	} {
-		*s = cleanString(*s, maxString)
-	}
+	cutStrings(&c, maxString)
 	c.RoutableIPs = cleanRoutes(c.RoutableIPs)
 	c.RequestTags = cleanStrings(c.RequestTags, maxRequestTags, maxString)
 	c.WoLMACs = cleanStrings(c.WoLMACs, maxMACs, maxString)
@@ -61,10 +55,19 @@ func CleanHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
 		t.Manufacturer, t.Vendor, t.FamilyIndicator = cleanString(t.Manufacturer, 64), cleanString(t.Vendor, 64), cleanString(t.FamilyIndicator, 64)
 		c.TPM = &t
 	}
+	// What peers and the policy need goes last. JSON writes some characters as six, so that even the strings alone may be too much; once they
+	// are short too, there is nothing left that could be.
 	for _, shorten := range []func(){
 		func() { c.Services = peerServices(c.Services) },
 		func() { c.SSH_HostKeys, c.WoLMACs = nil, nil },
 		func() { c.RoutableIPs = c.RoutableIPs[:min(len(c.RoutableIPs), maxRoutes/4)] },
+		func() { c.RequestTags = nil },
+		func() {
+			if c.NetInfo != nil {
+				c.NetInfo.DERPLatency = nil
+			}
+		},
+		func() { cutStrings(&c, maxString/8) },
 	} {
 		if text, err := json.Marshal(&c); err == nil && len(text) <= maxHostinfo {
 			break
@@ -72,6 +75,17 @@ func CleanHostinfo(h *tailcfg.Hostinfo) *tailcfg.Hostinfo {
 		shorten()
 	}
 	return &c
+}
+
+// cutStrings cleans the strings of c that have no cap of their own and cuts them to n bytes.
+func cutStrings(c *tailcfg.Hostinfo, n int) {
+	for _, s := range []*string{
+		&c.IPNVersion, &c.FrontendLogID, &c.BackendLogID, &c.OS, &c.OSVersion, &c.Env, &c.Distro, &c.DistroVersion, &c.DistroCodeName,
+		&c.Package, &c.DeviceModel, &c.PushDeviceToken, &c.GoArch, &c.GoArchVar, &c.GoVersion, &c.Machine, &c.App, &c.Cloud,
+		&c.ServicesHash, (*string)(&c.ExitNodeID),
+	} {
+		*s = cleanString(*s, n)
+	}
 }
 
 // peerServices are the first of each kind of the services that peers are told of: Taildrop, exit node DNS and ping depend on them.
