@@ -83,6 +83,39 @@ type Table struct {
 	sets  [sets][ways]bucket
 }
 
+// A Bucket is one token bucket by itself, for what all sources share. Its
+// methods may be called concurrently.
+type Bucket struct {
+	rate  float32 // tokens per tick
+	burst float32
+
+	mu sync.Mutex // guards the following field
+	b  bucket
+}
+
+// NewBucket returns a full bucket of burst tokens that gains perSecond tokens
+// a second.
+func NewBucket(perSecond, burst float64) *Bucket {
+	return &Bucket{rate: float32(perSecond / ticksPerSecond), burst: float32(burst), b: bucket{tokens: float32(burst)}}
+}
+
+// Empty reports whether the bucket holds less than one token, and takes none.
+func (b *Bucket) Empty(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.b.fill(now, b.rate, b.burst)
+	return b.b.tokens < 1
+}
+
+// Debit takes n tokens whether or not the bucket holds them. A debt is at most
+// one burst.
+func (b *Bucket) Debit(now time.Time, n float64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.b.fill(now, b.rate, b.burst)
+	b.b.tokens = max(b.b.tokens-float32(n), -b.burst)
+}
+
 // New returns a table whose buckets hold at most burst tokens and gain
 // perSecond tokens a second.
 func New(perSecond, burst float64) *Table {
@@ -163,7 +196,7 @@ func (t *Table) lock(k Key) (*[ways]bucket, *sync.Mutex) {
 func (t *Table) find(set *[ways]bucket, k Key, now time.Time) *bucket {
 	for i := range set {
 		if b := &set[i]; b.tag == tag(k) {
-			t.fill(b, now)
+			b.fill(now, t.rate, t.burst)
 			return b
 		}
 	}
@@ -175,7 +208,7 @@ func (t *Table) insert(set *[ways]bucket, k Key, now time.Time, tokens float32) 
 	for i := range set {
 		b := &set[i]
 		if b.tag != 0 {
-			t.fill(b, now)
+			b.fill(now, t.rate, t.burst)
 		}
 		if b.tag == 0 || b.tokens >= t.burst {
 			victim = b
@@ -188,10 +221,10 @@ func (t *Table) insert(set *[ways]bucket, k Key, now time.Time, tokens float32) 
 // fill adds what the bucket gained since its stamp. A clock that went back
 // adds nothing and moves the stamp, or the bucket would stand still until the
 // old time comes round again.
-func (t *Table) fill(b *bucket, now time.Time) {
+func (b *bucket) fill(now time.Time, rate, burst float32) {
 	at := ticks(now)
 	if gone := int32(at - b.stamp); gone > 0 {
-		b.tokens = min(b.tokens+float32(gone)*t.rate, t.burst)
+		b.tokens = min(b.tokens+float32(gone)*rate, burst)
 	}
 	b.stamp = at
 }

@@ -160,3 +160,20 @@ func BenchmarkAllow(b *testing.B) {
 		}
 	})
 }
+
+func TestBucketOfAllSources(t *testing.T) {
+	b := NewBucket(20, 200)
+	for i := range 200 {
+		if b.Empty(start) {
+			t.Fatalf("empty after %d of the burst", i)
+		}
+		b.Debit(start, 1)
+	}
+	if !b.Empty(start) {
+		t.Error("not empty after the burst")
+	}
+	b.Debit(start, 10_000)
+	if !b.Empty(start.Add(10*time.Second)) || b.Empty(start.Add(11*time.Second)) {
+		t.Error("a debt is not one burst at most, paid off at the rate")
+	}
+}

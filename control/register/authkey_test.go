@@ -1,10 +1,12 @@
 package register_test
 
 import (
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -449,4 +451,52 @@ func TestFirstNodeKeepsItsNameAndAddress(t *testing.T) {
 	third.Info.Hostname = "db"
 	third.Report()
 	g.WaitNode(third.ID(), "a name with a number", func(n *tailnet.Node) bool { return n.GivenName == "db-2" })
+}
+
+// Guesses that come from everywhere are bounded all together. Machines that have a node go on.
+func TestFailuresOfAllSourcesTogetherAreBounded(t *testing.T) {
+	t.Parallel()
+	var ahead atomic.Int64
+	began := time.Now()
+	g := start(t, controltest.Options{Change: func(c *control.Config) {
+		c.Now = func() time.Time { return began.Add(time.Duration(ahead.Load())) }
+	}})
+	a := g.NewClient("a").Join(g.keyOf(reusable))
+	guess := func(i int) (*tailcfg.RegisterResponse, int) {
+		c := g.NewClient("guess")
+		defer c.Close()
+		c.Source = fmt.Sprintf("198.18.%d.%d", i>>8, i&255)
+		return c.Register(c.RegisterRequest("tskey-auth-guess"))
+	}
+	for i := range 200 {
+		if resp, status := guess(i); resp == nil || resp.Error == "" {
+			t.Fatalf("guess %d: status %d, %+v", i, status, resp)
+		}
+	}
+	if _, status := guess(200); status != http.StatusTooManyRequests {
+		t.Errorf("guess 201 in one moment: status %d, want 429", status)
+	}
+	g.welcome(g.register(a, "", nil))
+	ahead.Store(int64(time.Second))
+	g.NewClient("late").Join(g.keyOf(nil))
+}
+
+// A client that does not know 429 would ask again at once, so its refusal takes a second.
+func TestRefusalOfAnOldClientTakesASecond(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	c := g.NewClient("a")
+	c.Version = 120
+	for range 30 {
+		began := time.Now()
+		resp := g.register(c, "tskey-auth-guess", nil)
+		if !strings.Contains(resp.Error, "too many failed attempts") {
+			continue
+		}
+		if took := time.Since(began); took < time.Second {
+			t.Errorf("refused after %v, want a second at least", took)
+		}
+		return
+	}
+	t.Error("30 guesses were never refused")
 }

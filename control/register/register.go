@@ -51,8 +51,9 @@ type Registrar struct {
 	cfg Config
 	log *slog.Logger
 
-	machines *limit.Table // failures by machine key
-	sources  *limit.Table // failures by source address
+	machines *limit.Table  // failures by machine key
+	sources  *limit.Table  // failures by source address
+	everyone *limit.Bucket // failures of all
 
 	mu      sync.Mutex // guards the following field
 	waiters map[int64]map[chan struct{}]bool
@@ -67,6 +68,7 @@ func New(cfg Config) *Registrar {
 		cfg: cfg, log: cfg.Log, waiters: map[int64]map[chan struct{}]bool{},
 		machines: limit.New(0.2, 10),
 		sources:  limit.New(5, 60),
+		everyone: limit.NewBucket(200, 200),
 	}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
@@ -112,7 +114,7 @@ func (r *Registrar) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 	}
 	a := &attempt{Registrar: r, req: req, machine: conn.Machine, source: conn.Remote.Addr().Unmap()}
 	if !a.admissible() {
-		a.tooMany(w)
+		a.tooMany(hr.Context(), w)
 		return
 	}
 	resp, err := a.serve(hr.Context())
@@ -127,10 +129,14 @@ type attempt struct {
 	source  netip.Addr
 }
 
-// admissible is false while the machine, or its network, pays for failures. A network's failures do not stop the nodes that live there.
+// admissible is false while the machine, or its network, pays for failures, and while strangers everywhere together fail too often. Others'
+// failures do not stop machines that have a node.
 func (a *attempt) admissible() bool {
 	now := a.cfg.Now()
-	return !a.machines.Empty(machineKey(a.machine), now) && (a.cfg.Replica.Current().HasMachine(a.machine) || !a.sources.Empty(limit.Addr(a.source), now))
+	if a.machines.Empty(machineKey(a.machine), now) {
+		return false
+	}
+	return a.cfg.Replica.Current().HasMachine(a.machine) || !a.sources.Empty(limit.Addr(a.source), now) && !a.everyone.Empty(now)
 }
 
 // failed charges the source of a failure. What ends well is free: a whole company may enrol from one address.
@@ -138,6 +144,7 @@ func (a *attempt) failed() {
 	now := a.cfg.Now()
 	a.machines.Debit(machineKey(a.machine), now, 1)
 	a.sources.Debit(limit.Addr(a.source), now, 1)
+	a.everyone.Debit(now, 1)
 }
 
 func machineKey(m key.MachinePublic) limit.Key { return limit.Bytes([]byte(m.String())) }
@@ -145,10 +152,20 @@ func machineKey(m key.MachinePublic) limit.Key { return limit.Bytes([]byte(m.Str
 // versionRetryAfter is the first client that waits as a 429 tells it to.
 const versionRetryAfter tailcfg.CapabilityVersion = 137
 
-func (a *attempt) tooMany(w http.ResponseWriter) {
+// refusedAfter is how long a client that does not know 429 waits for its refusal: it asks again at once.
+const refusedAfter = time.Second
+
+func (a *attempt) tooMany(ctx context.Context, w http.ResponseWriter) {
 	if a.req.Version >= versionRetryAfter {
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "too many failed attempts", http.StatusTooManyRequests)
+		return
+	}
+	wait := time.NewTimer(refusedAfter)
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+	case <-ctx.Done():
 		return
 	}
 	writeJSON(w, &tailcfg.RegisterResponse{Error: "too many failed attempts; try again in a few seconds"})
