@@ -47,6 +47,7 @@ type Config struct {
 	Pools            db.Pools
 	NodeExpiry       time.Duration // 0: never
 	EphemeralTimeout time.Duration // 0: ephemeral nodes are removed only when they log out
+	MaxNodes         int           // see register.Config
 	Reserved         []string      // labels that no device may have
 
 	// Revoke closes the relay connections of a node key. Nil when there is no relay.
@@ -85,6 +86,7 @@ type Server struct {
 	sick     bool // owned by duties: the last look at the database found a fault
 	probes   probes
 	signs    signs
+	alarms   map[string]bool // owned by duties: what was warned of and still holds
 }
 
 // New joins the parts. It starts nothing.
@@ -108,7 +110,7 @@ func New(cfg Config) (*Server, error) {
 	s.Poll = poll.New(poll.Config{Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Log: cfg.Log, Now: cfg.Now, KeepAlive: cfg.KeepAlive, Grace: cfg.Grace, Stall: cfg.Stall})
 	s.Register = register.New(register.Config{
 		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, ServerURL: cfg.ServerURL, IDKey: cfg.IDKey, Pools: cfg.Pools,
-		NodeExpiry: cfg.NodeExpiry, Reserved: cfg.Reserved, FarewellDue: s.Poll.FarewellDue, Log: cfg.Log, Now: cfg.Now,
+		NodeExpiry: cfg.NodeExpiry, MaxNodes: cfg.MaxNodes, Reserved: cfg.Reserved, FarewellDue: s.Poll.FarewellDue, Log: cfg.Log, Now: cfg.Now,
 	})
 	s.ssh = sshaction.New(sshaction.Config{
 		Store: cfg.Store, Replica: cfg.Replica, Ledger: cfg.Ledger, Registrar: s.Register, ServerURL: cfg.ServerURL, Log: cfg.Log, Now: cfg.Now,

@@ -65,6 +65,7 @@ func (s *Server) duties(ctx context.Context) error {
 		}
 		if sweep%60 == 0 {
 			s.sweep(ctx)
+			s.warn()
 		}
 	}
 }

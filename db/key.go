@@ -68,11 +68,25 @@ func (r *Reader) AuthKeys() ([]*AuthKey, error) {
 	return find(r, r.mine().Order("id"), rowToAuthKey)
 }
 
+// MaxLiveKeys is how many auth keys of one user may work at a time.
+const MaxLiveKeys = 1000
+
 // CreateAuthKey adds an auth key and sets k.ID, k.Tailnet and, when zero,
-// k.Created.
+// k.Created. ErrLimit when its user has MaxLiveKeys that work.
 func (tx *Tx) CreateAuthKey(k *AuthKey) error {
 	if k.KeyID == "" || k.Hash == [32]byte{} {
 		return &InvalidError{"KeyID", "a key has an id and a hash"}
+	}
+	if k.User != 0 {
+		var live int
+		err := tx.one(&live, "SELECT count(*) FROM auth_keys WHERE tailnet_id = ? AND user_id = ? AND revoked = 0 AND (expires = 0 OR expires > ?) AND (reusable OR uses = 0)",
+			tx.tailnet, int64(k.User), micros(tx.now))
+		if err != nil {
+			return fmt.Errorf("create auth key: %w", err)
+		}
+		if live >= MaxLiveKeys {
+			return fmt.Errorf("create auth key: %w: the user has %d that work", ErrLimit, live)
+		}
 	}
 	row := authKeyToRow(k)
 	row.ID, row.TailnetID = 0, int64(tx.tailnet)

@@ -349,8 +349,8 @@ func TestStatementsPerOperation(t *testing.T) {
 		want int // COMMIT goes past gorm and is not counted
 		do   func() error
 	}{
-		// begin, lock, insert | change row, revision
-		{"create an auth key", 5, update(func(tx *db.Tx) error {
+		// begin, lock, the user's live keys, insert | change row, revision
+		{"create an auth key", 6, update(func(tx *db.Tx) error {
 			return tx.CreateAuthKey(&db.AuthKey{KeyID: keyID, Hash: hash, User: s.user.ID})
 		})},
 		// begin, lock | key, use, count, use | newest, candidates | name | node, state | audit, changes, revision

@@ -98,7 +98,10 @@ func (r *Registrar) create(tx *db.Tx, d *device) (*db.Node, error) {
 		AuthKeyID: d.authKey, RegisterMethod: d.method, Expiry: r.expiry(tx, d), Created: tx.Now(),
 		State: db.NodeState{Hostinfo: d.hostinfo, Cap: d.version, LastSeen: tx.Now()},
 	}
-	var err error
+	err := r.room()
+	if err != nil {
+		return nil, err
+	}
 	if rec.GivenName, err = tx.FreeName(cmp.Or(d.name, tailnet.Label(d.hostinfo.Hostname, 0)), rec.Owner(), r.cfg.Replica.ReservedLabels(r.cfg.Reserved)...); err != nil {
 		return nil, fmt.Errorf("choose a name: %w", err)
 	}

@@ -39,6 +39,7 @@ type Config struct {
 	IDKey      []byte           // required: secret from which the ids of pending logins are made
 	Pools      db.Pools
 	NodeExpiry time.Duration // key expiry of people's nodes; 0 means never
+	MaxNodes   int           // how many nodes the tailnet may have; 0 means 100,000
 	Reserved   []string      // labels that no device may have
 	// FarewellDue reports whether a map request of the two keys would be answered with the farewell of a deleted node. Nil means never.
 	FarewellDue func(key.MachinePublic, key.NodePublic) bool
@@ -360,6 +361,9 @@ func (a *attempt) byAuthKey(ctx context.Context, secret string) (*tailcfg.Regist
 func friendly(err error) error {
 	if errors.Is(err, db.ErrPoolExhausted) {
 		return refusal("the tailnet has no free addresses left; ask its administrator")
+	}
+	if errors.Is(err, ErrFull) {
+		return refusal(ErrFull.Error() + "; ask its administrator")
 	}
 	return err
 }

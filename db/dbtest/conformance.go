@@ -57,6 +57,7 @@ func RunConformance(t *testing.T, open Open) {
 		{"UserInUse", testUserInUse},
 		{"SingleUseKeyRace", testSingleUseKeyRace},
 		{"AuthKeyVerdicts", testAuthKeyVerdicts},
+		{"AuthKeyLimit", testAuthKeyLimit},
 		{"SpentKeyDoesNotBringDeletedNodeBack", testSpentKeyAfterDeletion},
 		{"APIKeys", testAPIKeys},
 		{"PolicyStale", testPolicyStale},

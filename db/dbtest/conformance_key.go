@@ -155,6 +155,48 @@ func testSingleUseKeyRace(t *testing.T, f *fixture) {
 	})
 }
 
+func testAuthKeyLimit(t *testing.T, f *fixture) {
+	now := f.clock.Now()
+	create := func(tx *db.Tx, change func(*db.AuthKey)) error {
+		_, keyID, hash := db.NewKey(db.KeyAuth)
+		k := &db.AuthKey{KeyID: keyID, Hash: hash, User: f.user.ID, Expires: now.Add(time.Hour)}
+		if change != nil {
+			change(k)
+		}
+		return tx.CreateAuthKey(k)
+	}
+	f.update(func(tx *db.Tx) error {
+		// What does not work is not counted.
+		if err := create(tx, func(k *db.AuthKey) { k.Expires = now }); err != nil {
+			return err
+		}
+		if err := create(tx, func(k *db.AuthKey) { k.Revoked = now }); err != nil {
+			return err
+		}
+		if err := create(tx, func(k *db.AuthKey) { k.Uses = 1 }); err != nil {
+			return err
+		}
+		if err := create(tx, func(k *db.AuthKey) { k.Uses, k.Reusable = 1, true }); err != nil {
+			return err
+		}
+		for range db.MaxLiveKeys - 1 {
+			if err := create(tx, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err := f.try(func(tx *db.Tx) error { return create(tx, nil) }); !errors.Is(err, db.ErrLimit) {
+		t.Errorf("one more: %v, want ErrLimit", err)
+	}
+	f.update(func(tx *db.Tx) error {
+		return create(tx, func(k *db.AuthKey) { k.User, k.Tags = 0, []string{"tag:a"} })
+	})
+	f.clock.Advance(time.Hour)
+	now = f.clock.Now()
+	f.update(func(tx *db.Tx) error { return create(tx, nil) })
+}
+
 func testAuthKeyVerdicts(t *testing.T, f *fixture) {
 	now := f.clock.Now()
 	expired, expiredHash := f.authKey(func(k *db.AuthKey) { k.Expires = now })

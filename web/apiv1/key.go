@@ -52,7 +52,9 @@ func (s *server) createPreAuthKey(w http.ResponseWriter, r *http.Request) (any, 
 			KeyID: keyID, Hash: hash, Tailnet: tx.Tailnet(), User: tailcfg.UserID(req.User), Reusable: req.Reusable, Ephemeral: req.Ephemeral,
 			Preauthorized: true, Tags: tags, Expires: expires, Created: tx.Now(),
 		}
-		if err := tx.CreateAuthKey(k); err != nil {
+		if err := tx.CreateAuthKey(k); errors.Is(err, db.ErrLimit) {
+			return conflict("the user has %d auth keys that work: expire or delete some", db.MaxLiveKeys)
+		} else if err != nil {
 			return err
 		}
 		out = authKeyOf(k, owner)

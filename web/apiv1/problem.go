@@ -80,7 +80,7 @@ func problem(err error) *Problem {
 		return newProblem(http.StatusBadRequest, invalid.Field+": "+invalid.Msg, []ProblemField{{Message: invalid.Msg, Location: "body." + invalid.Field}})
 	case errors.Is(err, register.ErrNoLogin), errors.Is(err, register.ErrUnknownUser):
 		return newProblem(http.StatusNotFound, err.Error(), nil)
-	case errors.Is(err, register.ErrDecided):
+	case errors.Is(err, register.ErrDecided), errors.Is(err, register.ErrFull):
 		return newProblem(http.StatusConflict, err.Error(), nil)
 	case errors.Is(err, register.ErrNeedsUser), errors.Is(err, register.ErrTagsRefused):
 		return newProblem(http.StatusBadRequest, err.Error(), nil)
