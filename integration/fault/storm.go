@@ -49,6 +49,8 @@ type storm struct {
 	reusable map[string]string         // auth keys by owner
 	owners   map[string]string         // user ids by name
 	acks     int
+	goal     int           // of acks, for busy
+	busy     chan struct{} // closed once the goal is reached and a policy was stored; nil then, and when nobody waits
 	wrong    []string
 }
 
@@ -65,6 +67,14 @@ func (w *storm) number() int {
 	defer w.mu.Unlock()
 	w.next++
 	return w.next
+}
+
+// after is closed when so many further writes were acknowledged, and at least one edit of the policy at any time.
+func (w *storm) after(more int) <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.goal, w.busy = w.acks+more, make(chan struct{})
+	return w.busy
 }
 
 func (w *storm) intN(n int) int {
@@ -94,6 +104,10 @@ func (w *storm) do(request func() error, facts ...[2]string) error {
 		}
 		w.mu.Lock()
 		w.acks++
+		if w.busy != nil && w.acks >= w.goal && w.policies.Load() > 0 {
+			close(w.busy)
+			w.busy = nil
+		}
 		w.mu.Unlock()
 		return nil
 	}
