@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -133,10 +134,22 @@ func (s *Server) tlsConfig() *tls.Config {
 	return c
 }
 
+// acmeProto is what an authority that validates by TLS-ALPN-01 asks for.
+const acmeProto = "acme-tls/1"
+
 // AddMetaCert lets clients that reach Handler through a listener with c start
 // one round trip sooner. Call it before that listener serves; c must have
-// GetCertificate set, and TLS must end in this process.
+// GetCertificate set, and TLS must end in this process. The certificate that
+// answers a challenge of ACME (RFC 8737) stays alone.
 func (s *Server) AddMetaCert(c *tls.Config) {
+	plain := c.GetCertificate
 	s.relay.ModifyTLSConfigToAddMetaCert(c)
+	meta := c.GetCertificate
+	c.GetCertificate = func(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		if slices.Contains(h.SupportedProtos, acmeProto) {
+			return plain(h)
+		}
+		return meta(h)
+	}
 	s.metaOnMain.set()
 }

@@ -156,6 +156,25 @@ func TestFastStartOnlyWhereMetaCertWasShown(t *testing.T) {
 	}
 }
 
+// The certificate of a challenge of ACME must come as it is.
+func TestMetaCertStaysAwayFromChallenges(t *testing.T) {
+	s, err := New(Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	c := &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		return &tls.Certificate{Certificate: [][]byte{{1}}}, nil
+	}}
+	s.AddMetaCert(c)
+	for proto, want := range map[string]int{"h2": 2, "http/1.1": 2, "acme-tls/1": 1} {
+		got, err := c.GetCertificate(&tls.ClientHelloInfo{SupportedProtos: []string{proto}})
+		if err != nil || len(got.Certificate) != want {
+			t.Errorf("%s: %d certificates, %v; want %d", proto, len(got.Certificate), err, want)
+		}
+	}
+}
+
 func TestHandlerOnMainListenerRelays(t *testing.T) {
 	var m members
 	s, err := New(Config{Admit: m.has})

@@ -56,3 +56,24 @@ func TestVerifyAnswersRelaysOfTheMap(t *testing.T) {
 		}
 	}
 }
+
+// The URL of a map must not lead to a node, which could answer for it.
+func TestMapURLDoesNotLeadIntoTheTailnet(t *testing.T) {
+	cfg := load(t, "derp:\n  server:\n    enabled: false\n  urls: [\"https://100.64.0.5:1/map\"]\n")
+	log := newLogBook()
+	s := &server{cfg: cfg, log: newLog(cfg.Log, log), started: time.Now()}
+	if err := s.buildRelay(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.regions.Load(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.regions.Run(ctx) }()
+	log.wait(t, "100.64.0.5: the name leads to an address that is not allowed")
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
