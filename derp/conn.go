@@ -36,7 +36,7 @@ type conn struct {
 	hard     io.Closer // the transport below TLS and WebSocket
 	req      *http.Request
 	remote   netip.AddrPort
-	release  func(failed bool) // gives the place among unadmitted ones back
+	release  func(failed bool) // gives the place among unadmitted ones back; the first call counts
 
 	head  [claimLen]byte // owned by the reading goroutine
 	nhead int
@@ -124,6 +124,7 @@ func (s *Server) admit(c *conn, k key.NodePublic) bool {
 	}
 	if s.cfg.Admit == nil || !s.cfg.Admit(k) {
 		s.stats.denied.Add(1)
+		c.release(true) // before the client learns of it and comes again
 		return false
 	}
 	others, ok := s.markAdmitted(c)

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -94,8 +95,9 @@ func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, metaCert boo
 		http.Error(w, "too many unidentified relay connections", http.StatusTooManyRequests)
 		return
 	}
+	var once sync.Once
 	c := &conn{srv: s, req: r, remote: remote, release: func(failed bool) {
-		release(failed, s.cfg.Now())
+		once.Do(func() { release(failed, s.cfg.Now()) })
 	}}
 	// Browsers ask for the subprotocol; early native clients said "websocket"
 	// and spoke plain DERP.
