@@ -184,23 +184,6 @@ func (s *Server) Revoke(k key.NodePublic) {
 	}
 }
 
-// Recheck asks Config.Admit about every connected key again and closes the
-// connections of those it refuses now. It is for changes whose keys the
-// caller does not know one by one.
-func (s *Server) Recheck() {
-	s.mu.Lock()
-	keys := make([]key.NodePublic, 0, len(s.byKey))
-	for k := range s.byKey {
-		keys = append(keys, k)
-	}
-	s.mu.Unlock()
-	for _, k := range keys {
-		if s.cfg.Admit == nil || !s.cfg.Admit(k) {
-			s.Revoke(k)
-		}
-	}
-}
-
 // serve runs the relay loop of c and returns when the connection is over.
 func (s *Server) serve(ctx context.Context, c *conn, bw *bufio.Writer) {
 	s.mu.Lock()

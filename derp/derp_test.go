@@ -264,20 +264,6 @@ func TestRevokeClosesAtOnceAndKeepsOut(t *testing.T) {
 	}
 }
 
-func TestRecheckClosesOnlyWhoLostAdmission(t *testing.T) {
-	var m members
-	s := start(t, Config{Admit: m.has})
-	ka, kb := m.join(), m.join()
-	a, b := mustDial(t, s.Region(), ka), mustDial(t, s.Region(), kb)
-	m.set(ka.Public(), false)
-	s.Recheck()
-	wantClosed(t, a)
-	if err := b.Send(kb.Public(), []byte("to myself")); err != nil {
-		t.Fatal(err)
-	}
-	wantPacket(t, b, kb.Public(), "to myself")
-}
-
 func TestKeyKeepsItsNewestConnections(t *testing.T) {
 	var m members
 	dups := make(chan Duplicate, 16)

@@ -18,7 +18,7 @@ type Metrics struct {
 	Limited    uint64 // upgrades refused because their source had too many open
 	Duplicates uint64 // admissions while the key had a connection already
 	Evicted    uint64 // connections closed because their key had too many
-	Revoked    uint64 // connections closed by Revoke and Recheck
+	Revoked    uint64 // connections closed by Revoke
 	WebSockets uint64 // upgrades by WebSocket
 	FastStarts uint64 // native upgrades without a 101
 
