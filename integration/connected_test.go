@@ -1,7 +1,11 @@
 package integration
 
 import (
+	"cmp"
 	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
 	"testing"
 	"time"
 
@@ -61,9 +65,8 @@ func TestReconnectAfterTwoMinutes(t *testing.T) {
 	for _, g := range groups {
 		g.server.Kill()
 	}
-	// Long enough that every client has tried in vain at least once.
-	<-time.After(4 * time.Second)
 	for _, g := range groups {
+		turnAway(t, g.server, g.clients)
 		g.server.Start(t)
 	}
 	for _, g := range groups {
@@ -72,6 +75,39 @@ func TestReconnectAfterTwoMinutes(t *testing.T) {
 		for _, c := range g.clients {
 			c.AwaitPeers(t, len(g.clients)-1)
 		}
+	}
+}
+
+// turnAway takes the place of a server that was killed, and closes every
+// connection until each of the clients has tried in vain.
+func turnAway(t *testing.T, s *Server, clients []*Client) {
+	t.Helper()
+	u, err := url.Parse(s.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := cmp.Or(u.Port(), "443")
+	l, err := s.Listen(net.JoinHostPort(s.Addr.String(), port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := l.(*net.TCPListener).SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	missing := map[netip.Addr]string{}
+	for _, c := range clients {
+		missing[c.Addr] = c.Version
+	}
+	for len(missing) > 0 {
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatalf("clients that did not try port %s: %v: %v", port, missing, err)
+		}
+		if from, err := netip.ParseAddrPort(conn.RemoteAddr().String()); err == nil {
+			delete(missing, from.Addr().Unmap())
+		}
+		conn.Close()
 	}
 }
 
