@@ -154,6 +154,9 @@ func (s *Server) Probe(ctx context.Context, node tailcfg.NodeID) error {
 func (s *Server) call(ctx context.Context, node tailcfg.NodeID, req *request) (answer, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.Timeout, ErrTimeout)
 	defer cancel()
+	if ctx.Err() != nil {
+		return answer{}, context.Cause(ctx)
+	}
 	var asked int64
 	for {
 		n := s.cfg.Replica.Current().Node(node)
