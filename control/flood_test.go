@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -33,7 +34,8 @@ func TestTenThousandRandomKeysLeaveNothingBehind(t *testing.T) {
 	g := start(t, controltest.Options{})
 	g.join("a")
 	attempt := func(i int) {
-		// From as many addresses, since one would soon be refused unexamined.
+		// From as many addresses and no more than 200 a second, since others would soon be refused unexamined.
+		g.Clock.Advance(6 * time.Millisecond)
 		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 18 + byte(i>>16), byte(i >> 8), byte(i)}), 1)
 		peer := noise.Conn{Machine: key.NewMachine().Public(), Version: 142, Remote: from}
 		nk := key.NewNode().Public().String()
