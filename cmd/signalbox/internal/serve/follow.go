@@ -26,8 +26,12 @@ type follower struct {
 	name string // of the health check
 	path string
 	take func(ctx context.Context, text []byte) error
-	log  *slog.Logger
-	now  chan struct{} // one slot: look at once
+
+	// facts is what else than the text take judges by. When it has changed, what was refused is tried again. Nil when there is nothing.
+	facts func() any
+
+	log *slog.Logger
+	now chan struct{} // one slot: look at once
 
 	mu    sync.Mutex // guards the following fields
 	err   error
@@ -44,6 +48,7 @@ func (s *server) followers() []*follower {
 	}
 	if s.cfg.Policy.Mode == "file" {
 		add("policy_file", s.cfg.Policy.Path, s.takePolicy)
+		out[0].facts = func() any { return s.replica.Current().ACLTailnet() }
 	}
 	if p := s.cfg.DNS.ExtraRecordsPath; p != "" {
 		add("extra_records", p, s.takeRecords)
@@ -69,11 +74,19 @@ func (f *follower) run(ctx context.Context) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	var seen string // content last taken or refused, when looked is set
+	var judged any  // facts at that time
 	looked := false
+	facts := func() any {
+		if f.facts == nil {
+			return nil
+		}
+		return f.facts()
+	}
 	for {
 		if text, err := os.ReadFile(f.path); err != nil {
 			f.report(err)
-		} else if !looked || string(text) != seen || errors.Is(f.fault(), db.ErrUnavailable) {
+		} else if !looked || string(text) != seen || errors.Is(f.fault(), db.ErrUnavailable) || f.fault() != nil && facts() != judged {
+			judged = facts() // before: take may judge by later ones
 			err := f.take(ctx, text)
 			seen, looked = string(text), true
 			f.report(err)
@@ -113,18 +126,21 @@ func (s *server) takePolicy(ctx context.Context, text []byte) error {
 	if v := snap.Policy().Version; v != nil && string(v.Text) == string(text) {
 		return nil
 	}
-	p, err := acl.Parse(text)
-	if err != nil {
-		return fmt.Errorf("%s: %w", s.cfg.Policy.Path, err)
+	x := acl.Examine(text, snap.ACLTailnet())
+	if faults := x.Faults(); len(faults) > 0 {
+		first, what, more := faults[0], "", ""
+		if len(x.Errors) == 0 {
+			what = "a test of the policy fails: "
+		}
+		if len(faults) > 1 {
+			more = fmt.Sprintf(" (and %d more)", len(faults)-1)
+		}
+		return fmt.Errorf("%s:%d:%d: %s%s%s", s.cfg.Policy.Path, first.Line, first.Column, what, first.Message, more)
 	}
-	access, err := acl.Compile(p, snap.ACLTailnet())
-	if err != nil {
-		return fmt.Errorf("%s: %w", s.cfg.Policy.Path, err)
+	if x.Policy.AllowsAll() {
+		s.log.Warn("the policy file has neither acls nor grants: every device reaches every device", "file", s.cfg.Policy.Path)
 	}
-	if failed := acl.Check(p, snap.ACLTailnet(), access); len(failed) > 0 {
-		return fmt.Errorf("%s: %d tests of the policy fail, the first: %v", s.cfg.Policy.Path, len(failed), failed[0])
-	}
-	_, err = s.ledger.Do(ctx, db.Actor{Kind: "system", Name: "policy file"}, func(tx *db.Tx) error {
+	_, err := s.ledger.Do(ctx, db.Actor{Kind: "system", Name: "policy file"}, func(tx *db.Tx) error {
 		v, err := tx.SetPolicy(text, "from "+s.cfg.Policy.Path, nil)
 		if err != nil {
 			return err

@@ -90,6 +90,10 @@ func (s *server) healthMetrics(r registry) {
 			Namespace: namespace, Name: "check", Help: "1 when this health check passes.", ConstLabels: prometheus.Labels{"check": name},
 		}, func() float64 { return truth(f(context.Background()) == nil) }))
 	}
+	r.gauge("policy_allows_all", "1 when the policy in effect has neither acls nor grants, which allows everything to everybody.", func() float64 {
+		p := s.replica.Current().Policy()
+		return truth(p.Err == nil && p.Parsed != nil && p.Parsed.AllowsAll())
+	})
 	r.gauge("database_healthy", "1 when the last statement or commit met no fault of the storage.", func() float64 { return truth(s.store.Fault() == nil) })
 	r.gauge("database_refuses_writes", "1 while the database was found damaged and takes no writes.", func() float64 {
 		return truth(errors.Is(s.store.Fault(), db.ErrCorrupt))

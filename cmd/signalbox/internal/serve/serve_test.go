@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -17,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
@@ -207,6 +210,75 @@ func TestPolicyFileNeverReplacesAGoodPolicyByABadOne(t *testing.T) {
 	f.kick()
 	waitFault(t, f, func(err error) bool { return err != nil })
 	live(second)
+}
+
+// A policy file that names what is not there yet is taken once it is, without another write of the file.
+func TestRefusedPolicyFileIsTriedAgainWhenTheTailnetMoves(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "policy.hujson")
+	write(t, path, "{\n\t\"acls\": [{\"action\": \"accept\", \"src\": [\"user:*@corp.example\"], \"dst\": [\"*:*\"]}],\n"+
+		"\t\"tests\": [{\"src\": \"zed@corp.example\", \"deny\": [\"100.64.0.1:22\"]}],\n}")
+	s := opened(t, load(t, "policy:\n  path: "+path+"\n"))
+	f := s.files[0]
+	look := follow(t, f)
+	look()
+	waitFault(t, f, func(err error) bool {
+		return err != nil && strings.HasPrefix(err.Error(), path+":2:40: corp.example is not associated") && strings.HasSuffix(err.Error(), "(and 1 more)")
+	})
+	put := func(fn func(*db.Tx) error) {
+		t.Helper()
+		if _, err := s.ledger.Do(context.Background(), db.Actor{Kind: "system"}, fn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(func(tx *db.Tx) error {
+		return tx.CreateUser(&db.User{Tailnet: tx.Tailnet(), Name: "yan", Email: "yan@corp.example", Created: tx.Now()})
+	})
+	waitFault(t, f, func(err error) bool {
+		return err != nil && strings.HasPrefix(err.Error(), path+":3:20: a test of the policy fails: src \"zed@corp.example\": no such user")
+	})
+	put(func(tx *db.Tx) error {
+		return tx.CreateUser(&db.User{Tailnet: tx.Tailnet(), Name: "zed", Email: "zed@corp.example", Created: tx.Now()})
+	})
+	waitFault(t, f, func(err error) bool {
+		return err != nil && strings.HasPrefix(err.Error(), path+":3:49: a test of the policy fails: expected zed@corp.example not to reach")
+	})
+}
+
+// A policy file without rules allows everything. It is taken, and said in the log and in the metrics.
+func TestPolicyFileThatAllowsEverythingIsTold(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "policy.hujson")
+	write(t, path, "{}")
+	s := built(t, "policy:\n  path: "+path+"\n")
+	var log bytes.Buffer
+	s.log = newLog(s.cfg.Log, &log)
+	allowsAll := func() string {
+		r := prometheus.NewRegistry()
+		s.healthMetrics(registry{r})
+		w := httptest.NewRecorder()
+		promhttp.HandlerFor(r, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+		_, rest, _ := strings.Cut(w.Body.String(), "\nsignalbox_policy_allows_all ")
+		value, _, _ := strings.Cut(rest, "\n")
+		return value
+	}
+	if got := allowsAll(); got != "0" {
+		t.Errorf("signalbox_policy_allows_all = %q under the default policy", got)
+	}
+	if err := s.takePolicy(t.Context(), []byte("{}")); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "every device reaches every device") {
+		t.Errorf("the log does not say that the file allows everything: %s", log.String())
+	}
+	for told, next := s.replica.News(); told.Policy().Parsed == nil || !told.Policy().Parsed.AllowsAll(); told, next = s.replica.News() {
+		select {
+		case <-next:
+		case <-time.After(20 * time.Second):
+			t.Fatal("the file did not become the policy")
+		}
+	}
+	if got := allowsAll(); got != "1" {
+		t.Errorf("signalbox_policy_allows_all = %q, want 1", got)
+	}
 }
 
 // waitFault waits until the follower reports what is wanted; it reports after it has taken.
