@@ -169,8 +169,10 @@ type sender struct {
 	owner int // slot, -1 when no node has the address
 }
 
-// senders resolves the src of a test. Every one of them must pass.
-func (k *checker) senders(at int, src text) ([]sender, error) {
+// senders resolves the src of a test. Every one of them must pass. posed says
+// that the test gives attributes, which only imagined devices can have: an
+// address is that of a real device, with attributes of its own.
+func (k *checker) senders(at int, src text, posed bool) ([]sender, error) {
 	if src.s == "" {
 		return nil, fmt.Errorf("src must be specified")
 	}
@@ -192,6 +194,9 @@ func (k *checker) senders(at int, src text) ([]sender, error) {
 	s, err := (&reader{p: k.p}).selector(src)
 	if err != nil {
 		return nil, err
+	}
+	if posed && s.kind != selTag && !s.byUser() {
+		return nil, fmt.Errorf("src %q: srcPostureAttrs needs a user, a group or a tag", src.s)
 	}
 	r := k.r
 	switch s.kind {
@@ -256,7 +261,7 @@ func (k *checker) test(x *test) {
 		k.fail(x.proto.at, "%v", err)
 		return
 	}
-	senders, err := k.senders(x.at, x.src)
+	senders, err := k.senders(x.at, x.src, x.posture != nil)
 	if err != nil {
 		k.fail(orAt(x.src.at, x.at), "%v", err)
 		return

@@ -16,7 +16,7 @@ func (k *checker) sshTest(x *sshTest) {
 		k.fail(x.at, "an SSH test needs dst")
 		return
 	}
-	senders, err := k.senders(x.at, x.src)
+	senders, err := k.senders(x.at, x.src, x.posture != nil)
 	if err == nil && len(senders) == 0 {
 		err = fmt.Errorf("src %q: no device is meant", x.src.s)
 	}
