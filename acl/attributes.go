@@ -265,6 +265,9 @@ func (c *compiler) approvals() ([][]netip.Prefix, [][]string) {
 // such a node to be taken, none when it does not care. Existing nodes keep
 // theirs.
 func (p *Policy) IPPools(t *Tailnet, n *Node) []netip.Prefix {
+	if !slices.ContainsFunc(p.attrs, func(a *nodeAttr) bool { return len(a.pool) > 0 }) {
+		return nil
+	}
 	one := &Tailnet{Users: t.Users, Nodes: []Node{*n}, Domains: t.Domains}
 	if one.Nodes[0].ID == 0 {
 		one.Nodes[0].ID = 1

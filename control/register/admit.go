@@ -3,6 +3,7 @@ package register
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
+	"github.com/signalbox-net/signalbox/acl"
 	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
@@ -105,13 +107,33 @@ func (r *Registrar) create(tx *db.Tx, d *device) (*db.Node, error) {
 	if rec.GivenName, err = tx.FreeName(cmp.Or(d.name, tailnet.Label(d.hostinfo.Hostname, 0)), rec.Owner(), r.cfg.Replica.ReservedLabels(r.cfg.Reserved)...); err != nil {
 		return nil, fmt.Errorf("choose a name: %w", err)
 	}
-	if rec.IPv4, rec.IPv6, err = tx.AllocateAddrs(r.cfg.Pools); err != nil {
+	if rec.IPv4, rec.IPv6, err = r.addresses(tx, d); err != nil {
 		return nil, fmt.Errorf("choose addresses: %w", err)
 	}
 	if err := tx.CreateNode(rec); err != nil {
 		return nil, fmt.Errorf("create node: %w", err)
 	}
 	return rec, tx.Audit("node.register", target(rec), nil, auditView(rec))
+}
+
+// addresses chooses those of a new node. IPv4 comes from the pools that the policy names for such a node, if it does, the first that has one
+// left; another pool would break what the policy says of the devices in it.
+func (r *Registrar) addresses(tx *db.Tx, d *device) (v4, v6 netip.Addr, err error) {
+	snap := r.cfg.Replica.Current()
+	var own []netip.Prefix
+	if p := snap.Policy().Parsed; p != nil && r.cfg.Pools.IPv4.IsValid() {
+		own = p.IPPools(snap.ACLTailnet(), &acl.Node{User: d.owner(), Tags: d.tags})
+	}
+	if len(own) == 0 {
+		return tx.AllocateAddrs(r.cfg.Pools)
+	}
+	pools := r.cfg.Pools
+	for _, pools.IPv4 = range own {
+		if v4, v6, err = tx.AllocateAddrs(pools); !errors.Is(err, db.ErrPoolExhausted) {
+			break
+		}
+	}
+	return v4, v6, err
 }
 
 // expiry is when the node's key ends: never for tagged nodes, else after the configured time, or sooner if the client asked for that.

@@ -3,6 +3,7 @@ package register_test
 import (
 	"fmt"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -48,6 +49,38 @@ func TestReusableKeyAdmitsMany(t *testing.T) {
 	}
 	if g.Replica.Current().Len() != 3 || g.uses(k) != 3 {
 		t.Errorf("%d nodes, %d uses", g.Replica.Current().Len(), g.uses(k))
+	}
+}
+
+// nodeAttrs with ipPool say where new devices get their IPv4 address, and change no present one.
+func TestPolicyChoosesTheAddressPool(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{})
+	k := g.keyOf(reusable)
+	ipv4 := func() netip.Addr {
+		t.Helper()
+		c := g.NewClient("a")
+		g.welcome(g.register(c, k, nil))
+		n := g.Replica.Current().Node(c.ID())
+		if !controltest.Pools.IPv6.Contains(n.IPv6) {
+			t.Errorf("IPv6 %v", n.IPv6)
+		}
+		return n.IPv4
+	}
+	before := g.NewClient("before")
+	g.welcome(g.register(before, k, nil))
+	kept := g.Replica.Current().Node(before.ID()).IPv4
+	g.SetPolicy(`{"acls": [], "nodeAttrs": [{"target": ["alice@"], "ipPool": ["100.81.0.0/30", "100.82.0.0/30"]}, {"target": ["bob@"], "ipPool": ["100.83.0.0/16"]}]}`)
+	var got []string
+	for range 4 {
+		got = append(got, ipv4().String())
+	}
+	if want := []string{"100.81.0.1", "100.81.0.2", "100.82.0.1", "100.82.0.2"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	g.refused(g.register(g.NewClient("full"), k, nil), "address")
+	if n := g.Replica.Current().Node(before.ID()); n.IPv4 != kept {
+		t.Errorf("a present device got %v instead of %v", n.IPv4, kept)
 	}
 }
 
