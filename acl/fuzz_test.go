@@ -89,7 +89,16 @@ func FuzzCompile(f *testing.F) {
 		tailnets[i] = randomTailnet(rand.New(rand.NewPCG(uint64(i), 3)))
 	}
 	f.Fuzz(func(t *testing.T, src []byte) {
+		x := Examine(src, tailnets[0])
+		if len(x.Errors) > 0 {
+			checkErrors(t, src, x.Errors)
+		} else if x.Access == nil {
+			t.Fatal("neither compiled nor refused")
+		}
 		p, err := Parse(src)
+		if (err == nil) != (x.Policy != nil) {
+			t.Fatalf("Parse says %v, Examine %v", err, x.Errors)
+		}
 		if err != nil {
 			return
 		}

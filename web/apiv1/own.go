@@ -1,16 +1,19 @@
 package apiv1
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"tailscale.com/tailcfg"
 	"tailscale.com/types/ipproto"
 
 	"github.com/signalbox-net/signalbox/acl"
@@ -43,6 +46,10 @@ func (s *server) exportTailnet(*http.Request) (any, error) {
 		Domains: facts.Domains, HTTPS: facts.HTTPS, ControlURL: facts.ControlURL, DisplayName: facts.DisplayName, MagicDNS: facts.MagicDNS,
 		AutoUpdates: facts.AutoUpdates,
 	}
+	var err error
+	if f.DNS, err = exportDNS(snap.Settings()); err != nil {
+		return nil, err
+	}
 	for _, u := range snap.Users() {
 		f.Users = append(f.Users, tailnetfile.User{ID: int64(u.ID), Name: u.Name, Email: u.Email, Role: u.Role})
 	}
@@ -59,6 +66,29 @@ func (s *server) exportTailnet(*http.Request) (any, error) {
 		f.Policy, f.PolicyVersion = string(v.Text), v.ID
 	}
 	return f, nil
+}
+
+// exportDNS is what devices are told about names. Passwords in the addresses of resolvers are left out.
+func exportDNS(s *tailnet.Settings) (json.RawMessage, error) {
+	open := func(list []string) []string {
+		var out []string
+		for _, r := range list {
+			if u, err := url.Parse(r); err == nil && u.User != nil {
+				r = u.Redacted()
+			}
+			out = append(out, r)
+		}
+		return out
+	}
+	dns := s.DNS
+	dns.Global, dns.Split = open(dns.Global), make(map[string][]string, len(s.DNS.Split))
+	for suffix, list := range s.DNS.Split {
+		dns.Split[suffix] = open(list)
+	}
+	return json.Marshal(struct {
+		tailnet.DNS
+		Records []tailcfg.DNSRecord `json:"records,omitempty"`
+	}{dns, s.Records})
 }
 
 func exportNode(snap *tailnet.Snapshot, n *tailnet.Node, facts *acl.Node) tailnetfile.Node {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/signalbox-net/signalbox/acl"
 	"github.com/signalbox-net/signalbox/acl/tailnetfile"
+	"github.com/signalbox-net/signalbox/control/tailnet"
 	"github.com/signalbox-net/signalbox/db"
 )
 
@@ -140,6 +141,25 @@ func TestRollbackMakesAnEarlierVersionLive(t *testing.T) {
 	}
 	w.refused(404, "no policy version", "POST", own+"/policy/versions/99999/rollback", nil)
 	w.refused(400, "path.id", "GET", own+"/policy/versions/x", nil)
+}
+
+func TestExportHasTheDNSSettingsWithoutSecrets(t *testing.T) {
+	w := newWorld(t)
+	w.do(func(tx *db.Tx) error {
+		if _, err := tx.PutSetting(tailnet.SettingDNS, []byte(`{"magicDNS": true, "baseDomain": "mesh.example.com", "global": ["9.9.9.9", "https://ann:hunter2@dns.example.com/q"],
+			"split": {"corp.example": ["https://x:hunter2@10.0.0.53/q"]}, "searchDomains": ["corp.example"]}`)); err != nil {
+			return err
+		}
+		_, err := tx.PutSetting(tailnet.SettingExtraRecords, []byte(`[{"Name": "db.mesh.example.com", "Type": "A", "Value": "100.64.0.9"}]`))
+		return err
+	})
+	body := w.send("GET", own+"/tailnet", nil).Body.String()
+	want := `"dns":{"magicDNS":true,"baseDomain":"mesh.example.com","overrideLocal":false,"global":["9.9.9.9","https://ann:xxxxx@dns.example.com/q"],` +
+		`"split":{"corp.example":["https://x:xxxxx@10.0.0.53/q"]},"searchDomains":["corp.example"],` +
+		`"records":[{"Name":"db.mesh.example.com","Type":"A","Value":"100.64.0.9"}]}`
+	if !strings.Contains(body, want) || strings.Contains(body, "hunter2") {
+		t.Errorf("got %s, want %s in it", body, want)
+	}
 }
 
 func TestExportCompilesOfflineToTheSame(t *testing.T) {
