@@ -162,8 +162,14 @@ func (h *Host) enter(kinds int, fn func() error) error {
 const allSpaces = unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWPID
 
 // start starts cmd inside the host. It is a child of the test in every respect
-// but its namespaces.
+// but its namespaces and its process group: tests stop programs, and the kernel
+// hangs up a whole group with a stopped member when it thinks that nobody is
+// left to let it go on, which the end of an orphan in some host can make it do.
 func (h *Host) start(cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
+	}
+	cmd.SysProcAttr.Setpgid = true
 	return h.enter(allSpaces, cmd.Start)
 }
 

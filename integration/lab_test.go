@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -105,6 +106,20 @@ func holdLab(t *testing.T) {
 	}
 	fmt.Printf("pid=%d\npid=%d\ndir=%s\nready\n", h.pid(), lab.core.pid(), lab.dir)
 	io.Copy(io.Discard, os.Stdin)
+}
+
+// TestProgramsOfHostsAreGroupsOfTheirOwn: a stopped program in the test's own
+// process group can get all of it hung up.
+func TestProgramsOfHostsAreGroupsOfTheirOwn(t *testing.T) {
+	h := Open(t).Host(t, "group")
+	p, err := h.launch(nil, newJournal(), newJournal(), "sleep", "60")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.kill()
+	if group, err := syscall.Getpgid(p.cmd.Process.Pid); err != nil || group != p.cmd.Process.Pid {
+		t.Errorf("process %d is in the group %d, %v", p.cmd.Process.Pid, group, err)
+	}
 }
 
 // TestHostsArePrivate checks that what a host changes does not reach the

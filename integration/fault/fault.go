@@ -199,7 +199,8 @@ func (s *Server) Launch() bool {
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = s.environment(), s.Log, s.Log
 	// A server must not outlive a test that was killed.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// A group of its own: the kernel may hang up a group that has a stopped member, and tests stop servers.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if s.Namespace {
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
 	}
