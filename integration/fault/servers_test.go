@@ -311,13 +311,20 @@ func testKillOneOfTwoServers(t *testing.T, x *Site) {
 		go stream.Watch(t.Context(), w.watch)
 		await(t, "the watcher's map", stream, patience, func(v *sim.View) bool { return v.Self != nil })
 
+		busy := w.after(10 + w.intN(30))
 		storming, calm := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
 			w.run(storming, srv)
 		}()
-		<-time.After(300*time.Millisecond + time.Duration(w.intN(700))*time.Millisecond)
+		// The server has had something to do, however slow the machine is. From then on any moment will do.
+		select {
+		case <-busy:
+		case <-ended:
+			t.Fatalf("round %d: the server was gone after %d writes, before it was killed", round, w.acks)
+		}
+		<-time.After(time.Duration(w.intN(50_000)) * time.Microsecond)
 		dies.Kill()
 		calm()
 		<-ended
