@@ -19,9 +19,9 @@ type ReplicaConfig struct {
 	Tailnet db.TailnetID // required
 	Log     *slog.Logger // nil discards
 
-	// Gap is the least time between two announcements, asked before each. It lets the fan-out of one finish before the next begins. Nil
-	// means none.
-	Gap func() time.Duration
+	// Gap is the time between two announcements, asked before each: the least, and what it grows to while changes do not end. It lets the
+	// fan-out of one finish before the next begins. Nil means none.
+	Gap func() (least, most time.Duration)
 
 	// FanOut is told, at each announcement, how long the one before took: from it until the last session that had something to write for it
 	// had handed that over. Who comes later than the next announcement, such as a reader that is stuck, is no longer counted. An announcement for
@@ -45,7 +45,7 @@ type Replica struct {
 	batches   []func(*db.Batch)
 	fault     error // why following fails; nil while it works
 
-	lastAnnounce time.Time // owned by Run
+	pace pace // owned by Run
 }
 
 // NewReplica loads the tailnet. It fails when the database cannot be read.
@@ -170,28 +170,29 @@ func (r *Replica) Run(ctx context.Context) error {
 	defer tick.Stop()
 	hold := time.NewTimer(0)
 	defer hold.Stop()
-	due := false // something was published and not yet announced
+	due, waited := false, false // something was published and not yet announced; it had to wait
 	for {
 		var announce <-chan time.Time
 		if due {
-			wait := time.Duration(0)
+			var least, most time.Duration
 			if r.cfg.Gap != nil {
-				wait = r.cfg.Gap() - time.Since(r.lastAnnounce)
+				least, most = r.cfg.Gap()
 			}
-			if wait <= 0 {
-				r.announce()
-				due = false
-			} else {
+			now := time.Now()
+			if wait := r.pace.wait(now, least, most); wait > 0 {
+				waited = true
 				hold.Reset(wait)
 				announce = hold.C
+			} else {
+				r.pace.announced(now, waited, least, most)
+				r.announce(now)
+				due, waited = false, false
 			}
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-announce:
-			r.announce()
-			due = false
 		case <-r.cfg.Store.Wake():
 			due = r.follow(ctx) || due
 		case <-r.nudge:
@@ -251,8 +252,7 @@ func (r *Replica) publish(prev, s *Snapshot) {
 	}
 }
 
-func (r *Replica) announce() {
-	r.lastAnnounce = time.Now()
+func (r *Replica) announce(at time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	close(r.announced)
@@ -262,7 +262,7 @@ func (r *Replica) announce() {
 			r.cfg.FanOut(d)
 		}
 		r.told.retire()
-		now.announced = r.lastAnnounce
+		now.announced = at
 		r.told = now
 	}
 }

@@ -33,7 +33,7 @@ func TestOldSnapshotsAreReleased(t *testing.T) {
 	at := first
 	for range 8 {
 		step()
-		r.announce()
+		r.announce(time.Now())
 		told, _ := r.News()
 		step() // a newer one, before any session has moved
 		if d := Diff(at, told); d != Diff(at, told) {
@@ -70,7 +70,7 @@ func TestFanOutLastsUntilTheLatestDelivery(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.publish(prev, s)
-		r.announce()
+		r.announce(time.Now())
 		return s
 	}
 	s := step()
@@ -88,7 +88,7 @@ func TestFanOutLastsUntilTheLatestDelivery(t *testing.T) {
 	}
 	step() // nobody has to write for this one
 	step().Delivered()
-	r.announce() // of nothing new
+	r.announce(time.Now()) // of nothing new
 	if len(took) != 1 || took[0] < time.Second {
 		t.Errorf("fan-outs took %v, want the one of over a second", took)
 	}

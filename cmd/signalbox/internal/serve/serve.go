@@ -185,10 +185,10 @@ func (s *server) build(ctx context.Context) error {
 }
 
 // gap spaces announcements so that, while changes never pause, writing them takes a small part of the time and the rest is left for the work that
-// brings them: a change costs a session 10 to 20 us. A change that comes alone is announced at once.
-func (s *server) gap() time.Duration {
-	const perSession = 100 * time.Microsecond
-	return min(time.Duration(s.control.Poll.Sessions.Load())*perSession, 250*time.Millisecond)
+// brings them: a change costs a session 10 to 30 us. A change that comes alone is announced at once.
+func (s *server) gap() (least, most time.Duration) {
+	sessions := time.Duration(s.control.Poll.Sessions.Load())
+	return min(sessions*100*time.Microsecond, 250*time.Millisecond), min(sessions*500*time.Microsecond, 500*time.Millisecond)
 }
 
 // buildRelay makes the relay and binds its sockets.

@@ -1,0 +1,63 @@
+package tailnet
+
+import (
+	"slices"
+	"testing"
+	"time"
+)
+
+// announcements are the milliseconds at which a pace of 50 to 250 ms announces changes that come at the given ones.
+func announcements(changes []int) (out []int) {
+	const least, most = 50 * time.Millisecond, 250 * time.Millisecond
+	began := time.Unix(1e9, 0)
+	at := func(ms int) time.Time { return began.Add(time.Duration(ms) * time.Millisecond) }
+	var p pace
+	for len(changes) > 0 {
+		due, waited := changes[0], false
+		if w := p.wait(at(due), least, most); w > 0 {
+			due, waited = due+int(w/time.Millisecond), true
+		}
+		p.announced(at(due), waited, least, most)
+		out = append(out, due)
+		for len(changes) > 0 && changes[0] <= due {
+			changes = changes[1:]
+		}
+	}
+	return out
+}
+
+// However long changes go on, the gap stays what it grew to.
+func TestPaceOfAnHour(t *testing.T) {
+	var hour []int
+	for ms := 0; ms < 3_600_000; ms += 10 {
+		hour = append(hour, ms)
+	}
+	got := announcements(hour)
+	for i, at := range got[5:] {
+		if gap := at - got[4+i]; gap != 250 {
+			t.Fatalf("announcement %d came %d ms after the one before, want 250", 5+i, gap)
+		}
+	}
+}
+
+func TestPace(t *testing.T) {
+	var endless []int
+	for ms := 1000; ms <= 2000; ms++ {
+		endless = append(endless, ms)
+	}
+	for _, c := range []struct {
+		name          string
+		changes, want []int
+	}{
+		{"alone", []int{1000, 1100, 1200}, []int{1000, 1100, 1200}},
+		{"a burst", []int{1000, 1001, 1002, 1030}, []int{1000, 1050}},
+		{"two bursts", []int{1000, 1001, 1400, 1401}, []int{1000, 1050, 1400, 1450}},
+		{"the gap after a burst is twice the first", []int{1000, 1001, 1060}, []int{1000, 1050, 1150}},
+		{"without end", endless, []int{1000, 1050, 1150, 1350, 1600, 1850, 2100}},
+		{"quick again after it", append(slices.Clone(endless), 2400, 2401), []int{1000, 1050, 1150, 1350, 1600, 1850, 2100, 2400, 2450}},
+	} {
+		if got := announcements(c.changes); !slices.Equal(got, c.want) {
+			t.Errorf("%s: announced at %v, want %v", c.name, got, c.want)
+		}
+	}
+}
