@@ -106,7 +106,7 @@ func parse(args []string, handling flag.ErrorHandling) (*options, error) {
 	set.StringVar(&o.apiKey, "api-key", "", "with --server: API key; makes users and auth keys, and sets the policy")
 	set.IntVar(&o.pid, "pid", 0, "with --server: its process, for CPU and memory figures")
 	set.StringVar(&o.metrics, "metrics", "", "with --server: host:port of its metrics listener")
-	set.StringVar(&o.profile, "profile", "", "directory for CPU profiles of join and restart, and a heap profile")
+	set.StringVar(&o.profile, "profile", "", "directory for CPU profiles of join, steady and restart, and a heap profile")
 	set.StringVar(&o.jsonPath, "json", "", "write the figures as JSON to this file (- = standard output, instead of the tables)")
 	set.IntVar(&o.derp, "derp", 999, "home DERP region that the clients report")
 	set.IntVar(&o.changes, "changes", 20, "single endpoint changes")
@@ -283,7 +283,7 @@ func (o *options) begin(ctx context.Context, s *server, sc *scenario) (*run, err
 }
 
 func (o *options) measure(ctx context.Context, r *run) error {
-	stopProfile := o.cpuProfile(ctx, r.server, "join", 0)
+	stopProfile := o.cpuProfile(ctx, r.server, "join", 0, profileTime)
 	r.join(ctx)
 	stopProfile()
 	if o.has("change") {
@@ -301,12 +301,14 @@ func (o *options) measure(ctx context.Context, r *run) error {
 		}
 	}
 	if o.has("steady") {
+		stopProfile := o.cpuProfile(ctx, r.server, "steady", 0, o.steady)
 		r.steady(ctx, o.steady)
+		stopProfile()
 	}
 	o.heapProfile(ctx, r.server)
 	if o.has("restart") && r.server.binary != "" {
 		// By then the new process listens.
-		stopProfile := o.cpuProfile(ctx, r.server, "restart", 500*time.Millisecond)
+		stopProfile := o.cpuProfile(ctx, r.server, "restart", 500*time.Millisecond, profileTime)
 		if err := r.restart(ctx); err != nil {
 			return fmt.Errorf("restart: %w", err)
 		}

@@ -9,20 +9,20 @@ import (
 	"time"
 )
 
-// maxProfileSeconds bounds a CPU profile: the server records for a fixed time
-// and cannot be told to stop earlier.
-const maxProfileSeconds = 10
+// profileTime is how long a storm is recorded: the server records for a fixed
+// time and cannot be told to stop earlier.
+const profileTime = 10 * time.Second
 
-// cpuProfile records the server's CPU in the background, beginning after some
-// delay. The function that it returns waits for the recording.
-func (o *options) cpuProfile(ctx context.Context, s *server, phase string, delay time.Duration) (wait func()) {
+// cpuProfile records the server's CPU for d in the background, beginning after
+// some delay. The function that it returns waits for the recording.
+func (o *options) cpuProfile(ctx context.Context, s *server, phase string, delay, d time.Duration) (wait func()) {
 	if o.profile == "" {
 		return func() {}
 	}
 	var done sync.WaitGroup
 	done.Go(func() {
 		pause(ctx, delay)
-		o.saveProfile(ctx, s, fmt.Sprintf("/debug/pprof/profile?seconds=%d", maxProfileSeconds), phase+".cpu.pprof")
+		o.saveProfile(ctx, s, fmt.Sprintf("/debug/pprof/profile?seconds=%d", int(d.Seconds())), phase+".cpu.pprof")
 	})
 	return done.Wait
 }
