@@ -106,7 +106,7 @@ func (c *changes) byRows(d *tailnet.Delta, viewer int) {
 	for t := range max(len(b.from), len(b.to)) {
 		from, to := b.from.Word(t), b.to.Word(t)
 		moved := from ^ to
-		for next < len(d.Slots) && d.Slots[next] < (t+1)*tailnet.TileNodes {
+		for next < len(d.Slots) && d.Slots[next] < (t+1)*64 {
 			moved |= 1 << (d.Slots[next] & 63)
 			next++
 		}
@@ -115,7 +115,7 @@ func (c *changes) byRows(d *tailnet.Delta, viewer int) {
 		}
 		for moved &= from | to; moved != 0; moved &= moved - 1 {
 			bit := bits.TrailingZeros64(moved)
-			slot := t*tailnet.TileNodes + bit
+			slot := t*64 + bit
 			was, is := from&(1<<bit) != 0, to&(1<<bit) != 0
 			move := tailnet.MoveFull
 			if k, ok := slices.BinarySearch(d.Slots, slot); ok && was && is && sameLookFor(d, oldViews, c.views, slot) {
@@ -131,15 +131,15 @@ func sameLookFor(d *tailnet.Delta, old, now *acl.PeerViews, slot int) bool {
 	return old.NoIPv4 == now.NoIPv4 && d.From.Look(old, slot).Equal(d.To.Look(now, slot))
 }
 
-// lookChanges are the nodes of tile t that look different to the viewer, as far as its own views say so.
+// lookChanges are the nodes of word t that look different to the viewer, as far as its own views say so.
 func lookChanges(d *tailnet.Delta, old, now *acl.PeerViews, t int) uint64 {
 	if old.NoIPv4 != now.NoIPv4 {
 		return ^uint64(0)
 	}
 	var w uint64
 	for _, v := range []*acl.PeerViews{old, now} {
-		from, _ := slices.BinarySearch(v.Slots, t*tailnet.TileNodes)
-		for i := from; i < len(v.Slots) && v.Slots[i] < (t+1)*tailnet.TileNodes; i++ {
+		from, _ := slices.BinarySearch(v.Slots, t*64)
+		for i := from; i < len(v.Slots) && v.Slots[i] < (t+1)*64; i++ {
 			slot := v.Slots[i]
 			if d.From.NodeAt(slot) != nil && d.To.NodeAt(slot) != nil && !d.From.Look(old, slot).Equal(d.To.Look(now, slot)) {
 				w |= 1 << (slot & 63)
@@ -248,7 +248,7 @@ func bigPeersMessage(d *tailnet.Delta, viewer int, c *changes) []Frame {
 	c.writeHead(d, &w.own)
 	sep(&w.own)
 	w.text(`"PeersChanged":[`)
-	seen := make(tailnet.Bits, len(d.To.Tiles()))
+	seen := make(tailnet.Bits, (len(d.To.Nodes())+63)/64)
 	for _, slot := range c.changed {
 		seen.Set(slot)
 	}

@@ -91,34 +91,32 @@ func (w *writer) done() []Frame {
 func (w *writer) peers(s *tailnet.Snapshot, viewer int, seen tailnet.Bits) {
 	views := s.Access().Views(viewer)
 	first := true
-	add := func(f Frame) {
+	add := func(t *tailnet.Tile, word uint64) {
 		if !first {
 			w.frame(commaFrame)
 		}
 		first = false
-		w.frame(f)
+		w.frame(tileFrame(s, views, t, word))
 	}
-	for t, word := range seen {
-		if word == 0 {
-			continue
-		}
-		if t != viewer/tailnet.TileNodes {
-			add(tileFrame(s, views, t, word))
+	for _, t := range s.Tiles() {
+		word := t.Word(seen)
+		own, in := slices.BinarySearch(t.Slots, viewer)
+		if !in {
+			if word != 0 {
+				add(t, word)
+			}
 			continue
 		}
 		// The viewer's own tile misses the viewer, so nobody else has it. It is sent as eighths, of which only the one around the viewer is
 		// sent node by node.
-		for shift := 0; shift < 64; shift += 8 {
+		for shift := 0; shift < tailnet.TileNodes; shift += 8 {
 			part := word & (0xff << shift)
-			if part == 0 {
-				continue
-			}
-			if own := viewer % tailnet.TileNodes; own/8 != shift/8 {
-				add(tileFrame(s, views, t, part))
+			if own/8 != shift/8 && part != 0 {
+				add(t, part)
 				continue
 			}
 			for ; part != 0; part &= part - 1 {
-				add(tileFrame(s, views, t, part&-part))
+				add(t, part&-part)
 			}
 		}
 	}
@@ -130,23 +128,22 @@ type tileKey struct {
 	looks string
 }
 
-func tileFrame(s *tailnet.Snapshot, views *acl.PeerViews, t int, word uint64) Frame {
-	key := tileKey{word, looks(s, views, t, word)}
-	return tileCache(s.Tiles()[t]).get(key, func() Frame {
+func tileFrame(s *tailnet.Snapshot, views *acl.PeerViews, t *tailnet.Tile, word uint64) Frame {
+	key := tileKey{word, looks(views, t, word)}
+	return tileCache(t).get(key, func() Frame {
 		var text bytes.Buffer
 		for b := word; b != 0; b &= b - 1 {
 			if text.Len() > 0 {
 				text.WriteByte(',')
 			}
-			slot := t*tailnet.TileNodes + bits.TrailingZeros64(b)
-			text.Write(peerJSON(s, views, slot))
+			text.Write(peerJSON(s, views, t.Slots[bits.TrailingZeros64(b)]))
 		}
 		return frame(text.Bytes())
 	})
 }
 
-// looks is a digest of what views changes about the nodes of word in tile t; empty in tailnets without routes and attributes.
-func looks(s *tailnet.Snapshot, views *acl.PeerViews, t int, word uint64) string {
+// looks is a digest of what views changes about the nodes of word in t; empty in tailnets without routes and attributes.
+func looks(views *acl.PeerViews, t *tailnet.Tile, word uint64) string {
 	if views == nil || (!views.NoIPv4 && len(views.Slots) == 0) {
 		return ""
 	}
@@ -154,10 +151,11 @@ func looks(s *tailnet.Snapshot, views *acl.PeerViews, t int, word uint64) string
 	if views.NoIPv4 {
 		out.WriteString("6")
 	}
-	from, _ := slices.BinarySearch(views.Slots, t*tailnet.TileNodes)
-	for i := from; i < len(views.Slots) && views.Slots[i] < (t+1)*tailnet.TileNodes; i++ {
-		if word&(1<<(views.Slots[i]&63)) != 0 {
-			out.WriteByte(byte('A' + views.Slots[i]&63))
+	last := t.Slots[len(t.Slots)-1]
+	from, _ := slices.BinarySearch(views.Slots, t.Slots[0])
+	for i := from; i < len(views.Slots) && views.Slots[i] <= last; i++ {
+		if k, in := slices.BinarySearch(t.Slots, views.Slots[i]); in && word&(1<<k) != 0 {
+			out.WriteByte(byte('A' + k))
 			out.WriteString(lookKey(views.Peers[i]))
 		}
 	}
@@ -295,7 +293,7 @@ func owners(s *tailnet.Snapshot, b tailnet.Bits) []tailcfg.UserID {
 	var last tailcfg.UserID = -1
 	for t, w := range b {
 		for ; w != 0; w &= w - 1 {
-			id := s.NodeAt(t*tailnet.TileNodes + bits.TrailingZeros64(w)).PeerUser()
+			id := s.NodeAt(t*64 + bits.TrailingZeros64(w)).PeerUser()
 			if id != last {
 				set[id] = true
 				last = id

@@ -42,6 +42,7 @@ func Build(prev *Snapshot, b *db.Batch) (*Snapshot, error) {
 // moved says which derived parts of a snapshot have to be made again.
 type moved struct {
 	settings, suffix, keys, facts, policy bool
+	members                               bool         // nodes came or went
 	touched                               map[int]bool // slots whose node was replaced
 }
 
@@ -98,6 +99,7 @@ func (s *Snapshot) takeNodes(prev *Snapshot, b *db.Batch, m *moved) {
 		old := s.nodes[i]
 		s.nodes[i] = s.newNode(rec, i)
 		m.touched[i] = true
+		m.members = m.members || (old == nil) != (rec == nil)
 		m.keys = m.keys || keysMoved(old, s.nodes[i])
 		m.facts = m.facts || factsMoved(old, s.nodes[i])
 	}
@@ -254,36 +256,6 @@ func (s *Snapshot) takeSeen() {
 			s.seen.Set(i)
 		}
 	}
-}
-
-// takeTiles keeps the tiles of prev in which neither a node nor its look to peers moved.
-func (s *Snapshot) takeTiles(prev *Snapshot, m *moved) {
-	s.tiles = make([]*Tile, words(len(s.nodes)))
-	fresh := prev == nil || prev.layout != s.layout
-	dirty := make(map[int]bool, len(m.touched))
-	for i := range m.touched {
-		dirty[i/TileNodes] = true
-	}
-	for t := range s.tiles {
-		if !fresh && !dirty[t] && t < len(prev.tiles) && s.sameLook(prev, t) {
-			s.tiles[t] = prev.tiles[t]
-			continue
-		}
-		s.tiles[t] = &Tile{Index: t}
-	}
-}
-
-// sameLook compares the policy's part of how the nodes of tile t look to peers.
-func (s *Snapshot) sameLook(prev *Snapshot, t int) bool {
-	if s.access == prev.access {
-		return true
-	}
-	for i := t * TileNodes; i < min((t+1)*TileNodes, len(s.nodes)); i++ {
-		if s.nodes[i] != nil && !s.access.Base(i).Equal(prev.access.Base(i)) {
-			return false
-		}
-	}
-	return true
 }
 
 // appends reports whether every node that b adds has a higher id than all known ones, so that slots stay in order.

@@ -74,25 +74,31 @@ func diff(from, to *Snapshot) *Delta {
 	if d.Reset {
 		return d
 	}
-	for t := range to.tiles {
-		if t < len(from.tiles) && from.tiles[t] == to.tiles[t] {
-			continue
+	for _, i := range movedSlots(from.tiles, to.tiles) {
+		if m := d.move(i, from.NodeAt(i), to.NodeAt(i)); m != 0 {
+			d.Slots, d.Moves = append(d.Slots, i), append(d.Moves, m)
 		}
-		d.tile(t)
 	}
 	d.users()
 	return d
 }
 
-func (d *Delta) tile(t int) {
-	for i := t * TileNodes; i < min((t+1)*TileNodes, len(d.To.nodes)); i++ {
-		old, now := d.From.NodeAt(i), d.To.nodes[i]
-		m := d.move(i, old, now)
-		if m != 0 {
-			d.Slots = append(d.Slots, i)
-			d.Moves = append(d.Moves, m)
+// movedSlots lists, ascending, the slots of all tiles that only one of the lists has.
+func movedSlots(from, to []*Tile) (out []int) {
+	for len(from) > 0 || len(to) > 0 {
+		switch {
+		case len(from) > 0 && len(to) > 0 && from[0] == to[0]:
+			from, to = from[1:], to[1:]
+		case len(to) == 0 || len(from) > 0 && from[0].Slots[0] < to[0].Slots[0]:
+			out = append(out, from[0].Slots...)
+			from = from[1:]
+		default:
+			out = append(out, to[0].Slots...)
+			to = to[1:]
 		}
 	}
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 func (d *Delta) move(slot int, old, now *Node) Move {

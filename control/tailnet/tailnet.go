@@ -116,16 +116,6 @@ type index struct {
 	names   map[string]int
 }
 
-// TileNodes is the number of slots that share one Tile.
-const TileNodes = 64
-
-// A Tile stands for 64 consecutive slots at one moment. A snapshot shares the Tiles of its predecessor whose nodes, and whose look to
-// peers, did not change; so a Tile's identity is a cache key for everything encoded from it.
-type Tile struct {
-	Index int
-	Memo  sync.Map // for netmap
-}
-
 // Delivered takes note that a session has written what leads to s, which it was told by Replica.News.
 func (s *Snapshot) Delivered() {
 	if s.announced.IsZero() {
@@ -240,7 +230,7 @@ func (s *Snapshot) Settings() *Settings { return s.settings }
 // DERPMap is the relay map that clients get: that of the settings under the policy's. It is the same pointer while it stays the same.
 func (s *Snapshot) DERPMap() *tailcfg.DERPMap { return s.derp }
 
-// Tiles lists the tiles; tile i covers slots 64i to 64i+63.
+// Tiles lists the tiles, ascending. Each node is in one.
 func (s *Snapshot) Tiles() []*Tile { return s.tiles }
 
 // Layout tells whether slots of two snapshots are comparable.

@@ -280,13 +280,7 @@ func (s *server) debugTiles(w http.ResponseWriter, _ *http.Request) {
 		Tiles    []tile `json:"tiles"`
 	}{int64(snap.Revision()), []tile{}}
 	for i, t := range snap.Tiles() {
-		row := tile{Index: i, Held: netmap.TileFrames(t)}
-		for slot := i * tailnet.TileNodes; slot < (i+1)*tailnet.TileNodes; slot++ {
-			if snap.NodeAt(slot) != nil {
-				row.Nodes++
-			}
-		}
-		out.Tiles = append(out.Tiles, row)
+		out.Tiles = append(out.Tiles, tile{Index: i, Nodes: len(t.Slots), Held: netmap.TileFrames(t)})
 	}
 	writeJSON(w, out)
 }
