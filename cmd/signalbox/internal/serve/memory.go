@@ -19,25 +19,42 @@ const slack = 4 << 20
 func (s *server) settle(ctx context.Context) error {
 	tick := time.NewTicker(settleEvery)
 	defer tick.Stop()
-	sample := []metrics.Sample{{Name: "/memory/classes/heap/free:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}, {Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/heap/objects:bytes"}}
-	var busy int64
+	var spare spare
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		// A collection in the middle of work would only cost: wait for a quiet spell.
-		full := s.control.Poll.FullMaps.Load()
-		quiet := full == busy
-		busy = full
-		metrics.Read(sample)
-		free, live := sample[0].Value.Uint64()+sample[1].Value.Uint64(), sample[2].Value.Uint64()
-		garbage := sample[3].Value.Uint64() - min(live, sample[3].Value.Uint64())
-		if quiet && free+garbage > slack+live/4 {
+		if unused, live := heap(); spare.due(s.control.Poll.FullMaps.Load(), unused, live) {
 			debug.FreeOSMemory()
+			unused, _ = heap()
+			spare.left = unused
 		}
 	}
+}
+
+// heap is what the process holds of memory that nothing uses: free, or garbage. live is what was in use at the last collection.
+func heap() (unused, live uint64) {
+	sample := []metrics.Sample{{Name: "/memory/classes/heap/free:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}, {Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/heap/objects:bytes"}}
+	metrics.Read(sample)
+	live = sample[2].Value.Uint64()
+	objects := sample[3].Value.Uint64()
+	return sample[0].Value.Uint64() + sample[1].Value.Uint64() + objects - min(live, objects), live
+}
+
+// spare judges unused memory.
+type spare struct {
+	maps int64  // full maps sent when last asked
+	left uint64 // unused bytes that the last return could not give back: they lie between objects
+}
+
+// due reports whether memory should be given back now, maps full maps having been sent. A collection in the middle of work would only cost, so
+// it waits for a quiet spell; and one that can free no more than the last costs what it is worth on a server of many quiet streams.
+func (m *spare) due(maps int64, unused, live uint64) bool {
+	quiet := maps == m.maps
+	m.maps, m.left = maps, min(m.left, unused)
+	return quiet && unused-m.left > slack+live/4
 }
 
 // trim collects garbage and gives what is free back to the system, so that the resident set afterwards is what the server needs.
