@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/big"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"gorm.io/gorm/clause"
@@ -24,14 +25,21 @@ var reservedRanges = []netip.Prefix{
 
 // AllocateAddrs draws free addresses for a new node from the pools, each
 // family on its own. It goes upward from the newest node's address, or draws
-// at random. The first and, for IPv4, the last address of a pool are not given
-// out, nor are reserved ranges. One that was released in the last 24 h comes
+// at random; what was found free beside it is given out next. The first and,
+// for IPv4, the last address of a pool are not given out, nor are reserved
+// ranges. One that was released in the last 24 h comes
 // up only when nothing else is left. ErrPoolExhausted when all are used.
 //
 // The addresses are not taken until a CreateNode or PutNode in this
 // transaction uses them.
 func (tx *Tx) AllocateAddrs(p Pools) (v4, v6 netip.Addr, err error) {
 	searches := []*search{newSearch(p.IPv4, "ipv4", p.Random), newSearch(p.IPv6, "ipv6", p.Random)}
+	for i, s := range searches {
+		s.found = tx.state.spares.first(p, i)
+	}
+	if searches[0].over() && searches[1].over() {
+		return searches[0].found, searches[1].found, nil
+	}
 	newest, err := tx.newestAddrs()
 	for i, s := range searches {
 		s.walk = newWalk(s.pool, newest[i])
@@ -41,6 +49,11 @@ func (tx *Tx) AllocateAddrs(p Pools) (v4, v6 netip.Addr, err error) {
 	}
 	if err != nil {
 		return netip.Addr{}, netip.Addr{}, fmt.Errorf("allocate addresses: %w", err)
+	}
+	for i, s := range searches {
+		if s.spare != nil {
+			tx.state.spares.keep(p, i, s.spare)
+		}
 	}
 	return searches[0].found, searches[1].found, nil
 }
@@ -91,6 +104,7 @@ type search struct {
 	size    int  // of the next batch
 	heldToo bool // second time around: released addresses count as free
 	found   netip.Addr
+	spare   []netip.Addr // found, and what is free of the same batch
 }
 
 // randomDraws is how many batches are drawn at random before a walk looks for
@@ -98,7 +112,7 @@ type search struct {
 const randomDraws = 4
 
 func newSearch(pool netip.Prefix, column string, random bool) *search {
-	s := &search{column: column, size: 4}
+	s := &search{column: column, size: 16}
 	if pool.IsValid() {
 		s.pool = pool.Masked()
 	}
@@ -172,14 +186,27 @@ func (tx *Tx) step(searches []*search) error {
 		return err
 	}
 	for i, batch := range batches {
+		s := searches[i]
 		for _, t := range batch {
-			if !taken[t] {
-				searches[i].found, err = netip.ParseAddr(t)
-				break
+			if taken[t] {
+				continue
+			}
+			a, err := netip.ParseAddr(t)
+			if err != nil {
+				return err
+			}
+			if !s.found.IsValid() {
+				s.found = a
+			}
+			if s.heldToo {
+				break // others that were released less long ago come first when they are free again
+			}
+			if !slices.Contains(s.spare, a) { // drawn twice
+				s.spare = append(s.spare, a)
 			}
 		}
 	}
-	return err
+	return nil
 }
 
 func usable(pool netip.Prefix, a netip.Addr) bool {

@@ -39,6 +39,8 @@ type tailnetState struct {
 	changes []changeRow
 	audit   []auditRow
 	mailed  bool // mail was posted
+
+	spares spares
 }
 
 // runAll runs members, or if there are none the ops that wait, and commits.
@@ -74,7 +76,14 @@ func (g *group) runAll(w *writer, members []*op) ([]*op, error) {
 		g.abandon()
 		return members, err
 	}
-	return members, g.commit()
+	if err := g.commit(); err != nil {
+		return members, err
+	}
+	for _, t := range g.tailnets {
+		w.spares = t.spares
+		w.spares.tailnet, w.spares.revision = t.id, t.revision
+	}
+	return members, nil
 }
 
 func (g *group) open() error {
@@ -143,6 +152,8 @@ func (g *group) drop(o *op, bare bool, err error) error {
 	o.err, o.revision = err, 0
 	if o.create != "" {
 		delete(g.tailnets, o.tailnet)
+	} else if t := g.tailnets[o.tailnet]; t != nil {
+		t.spares = spares{} // some were taken by what is undone
 	}
 	if bare {
 		g.begun = false
@@ -212,6 +223,11 @@ func (g *group) tailnet(r *Reader, id TailnetID) (*tailnetState, error) {
 	copy(t.head[:], head)
 	t.first = t.revision
 	g.tailnets[id] = t
+	// They are given back when the transaction is committed, and lost otherwise.
+	if w := &g.store.writer; w.spares.tailnet == id && w.spares.revision == t.first {
+		t.spares = w.spares
+	}
+	g.store.writer.spares = spares{}
 	return t, nil
 }
 

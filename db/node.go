@@ -245,6 +245,7 @@ func (tx *Tx) CreateNode(n *Node) error {
 	}
 	n.ID, n.StableID, n.Tailnet = tailcfg.NodeID(row.ID), tailcfg.StableNodeID(row.StableID), tx.tailnet
 	n.Created = fromMicros(row.Created)
+	tx.state.spares.created(n.IPv4, n.IPv6)
 	tx.noteNode(n.ID)
 	return nil
 }
@@ -271,6 +272,7 @@ func (tx *Tx) PutNode(n *Node) error {
 	if err != nil {
 		return fmt.Errorf("put node %d: %w", n.ID, err)
 	}
+	tx.state.spares.taken(n.IPv4, n.IPv6)
 	if err := tx.releaseWhatMoved(old, row); err != nil {
 		return fmt.Errorf("put node %d: %w", n.ID, err)
 	}

@@ -114,6 +114,17 @@ func TestPostgresTwoServers(t *testing.T) {
 	}
 }
 
+// What one server knows to be free may have been given out by the other.
+func TestPostgresServersGiveNoAddressTwice(t *testing.T) {
+	dsn := postgres.DSN(t)
+	sites := []*site{newPostgresSite(t, dsn, db.Config{}), newPostgresSite(t, dsn, db.Config{})}
+	for i := range 8 { // in turns, so that each knows free addresses from its last turn
+		if err := sites[i%2].register(fmt.Sprintf("n%d", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Mail that one server posts wakes the other one.
 func TestPostgresMailWakesTheOtherServer(t *testing.T) {
 	dsn := postgres.DSN(t)

@@ -109,7 +109,9 @@ type writer struct {
 	closed  bool
 	leaders sync.WaitGroup
 
-	unpruned int // changes since the last pruning step; owned by the leader
+	// The following fields are owned by the leader.
+	unpruned int // changes since the last pruning step
+	spares   spares
 }
 
 func (w *writer) do(ctx context.Context, o *op) error {

@@ -46,6 +46,7 @@ func RunConformance(t *testing.T, open Open) {
 
 		{"AddressesUpward", testAddressesUpward},
 		{"AddressesReserved", testAddressesReserved},
+		{"AddressesKnownFree", testAddressesKnownFree},
 		{"AddressHeldAfterRelease", testAddressHeld},
 		{"AddressPoolExhausted", testAddressPoolExhausted},
 		{"AddressesRandom", testAddressesRandom},

@@ -68,6 +68,56 @@ func testAddressesReserved(t *testing.T, f *fixture) {
 	})
 }
 
+// What was found free beside an address is given out later, unless somebody has
+// taken it meanwhile.
+func testAddressesKnownFree(t *testing.T, f *fixture) {
+	at := func(n int) netip.Addr { return netip.AddrFrom4([4]byte{100, 64, 0, byte(n)}) }
+	first := f.node("first")
+	f.update(func(tx *db.Tx) error {
+		first.IPv4 = at(2) // by an administrator
+		return tx.PutNode(first)
+	})
+	if n := f.node("second"); n.IPv4 != at(3) {
+		t.Errorf("after the next address was taken came %v, want %v", n.IPv4, at(3))
+	}
+	failure := errors.New("no")
+	err := f.try(func(tx *db.Tx) error {
+		if err := Register(tx, NewNode(f.user), pools, "never"); err != nil {
+			return err
+		}
+		return failure
+	})
+	if err != failure {
+		t.Fatal(err)
+	}
+	if n := f.node("third"); n.IPv4 != at(4) {
+		t.Errorf("after a registration that was undone came %v, want %v", n.IPv4, at(4))
+	}
+	f.update(func(tx *db.Tx) error { // several in one transaction, beside one that has its own
+		for i, want := range []int{5, 6, 9, 10} {
+			n := NewNode(f.user)
+			if i == 2 {
+				n.IPv4, n.GivenName = at(want), "chosen"
+				if err := tx.CreateNode(n); err != nil {
+					return err
+				}
+			} else if err := Register(tx, n, pools, "several"); err != nil {
+				return err
+			}
+			if n.IPv4 != at(want) {
+				t.Errorf("node %d got %v, want %v", i, n.IPv4, at(want))
+			}
+		}
+		return nil
+	})
+	other := db.Pools{IPv4: netip.MustParsePrefix("100.99.0.0/16")}
+	n := NewNode(f.user)
+	f.update(func(tx *db.Tx) error { return Register(tx, n, other, "other") })
+	if !other.IPv4.Contains(n.IPv4) {
+		t.Errorf("got %v of the pool %v", n.IPv4, other.IPv4)
+	}
+}
+
 func testAddressHeld(t *testing.T, f *fixture) {
 	small := db.Pools{IPv4: netip.MustParsePrefix("100.64.0.0/28")} // 14 addresses
 	var nodes []*db.Node
