@@ -41,6 +41,7 @@ type Replica struct {
 	published chan struct{} // closed when cur is replaced
 	announced chan struct{} // closed at announcements
 	told      *Snapshot     // what the last announcement was of
+	wanted    db.Revision   // the newest one that somebody waits for
 	watchers  []func(prev, now *Snapshot)
 	batches   []func(*db.Batch)
 	fault     error // why following fails; nil while it works
@@ -117,6 +118,7 @@ func (r *Replica) WaitFor(ctx context.Context, rev db.Revision) (*Snapshot, erro
 	for {
 		r.mu.Lock()
 		ch := r.published
+		r.wanted = max(r.wanted, rev)
 		r.mu.Unlock()
 		if s := r.Current(); s.rev >= rev {
 			return s, nil
@@ -196,11 +198,18 @@ func (r *Replica) Run(ctx context.Context) error {
 		case <-r.cfg.Store.Wake():
 			due = r.follow(ctx) || due
 		case <-r.nudge:
-			due = r.follow(ctx) || due
+			due = r.behind() && r.follow(ctx) || due
 		case <-tick.C:
 			due = r.follow(ctx) || due
 		}
 	}
+}
+
+// behind reports whether somebody waits for what is not taken in yet. Most often the wake-up that told of it came before the waiting began.
+func (r *Replica) behind() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.Current().rev < r.wanted
 }
 
 // follow takes in what was committed since the current snapshot and reports whether there was anything.
