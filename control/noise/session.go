@@ -6,8 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"tailscale.com/control/controlbase"
-
 	"github.com/signalbox-net/signalbox/control/h2"
 	"github.com/signalbox-net/signalbox/control/limit"
 )
@@ -16,8 +14,9 @@ import (
 // (conn) and the handler above (ServeHTTP in request.go).
 type session struct {
 	s        *Server
-	nc       *controlbase.Conn
-	wire     *wire
+	wire     *wire // nil until the request was answered
+	in       recordReader
+	out      recordWriter
 	peer     Conn
 	identify func() // nil once called
 	h2       *h2.Conn
@@ -55,7 +54,7 @@ func (c *session) end() {
 	c.s.remove(c)
 }
 
-func (c *session) close() { c.nc.Close() }
+func (c *session) close() { c.wire.Close() }
 
 // setKnown moves the connection between the limits for strangers and those
 // for nodes. A key may get its node, or lose it, while the connection lasts.
@@ -127,37 +126,21 @@ func (c *session) frame() bool {
 }
 
 func (c *conn) Read(p []byte) (int, error) {
-	n, err := c.nc.Read(p)
-	if n > 0 {
-		if !c.proven {
-			c.proven = true
-			c.s.list((*session)(c))
-		}
+	n, err := c.in.Read(p)
+	if n > 0 && !c.proven {
+		c.proven = true
+		c.s.list((*session)(c))
 	}
 	return n, err
 }
 
-// maxPlaintext is what fits into one Noise frame.
-const maxPlaintext = 4096 - 3 - 16
-
-func (c *conn) Write(p []byte) (int, error) {
-	if len(p) <= maxPlaintext {
-		return c.nc.Write(p)
-	}
-	c.wire.startCork()
-	n, err := c.nc.Write(p)
-	if ferr := c.wire.uncork(); err == nil && ferr != nil {
-		err = ferr
-	}
-	return n, err
-}
-
-func (c *conn) Close() error                       { return c.nc.Close() }
-func (c *conn) LocalAddr() net.Addr                { return c.nc.LocalAddr() }
+func (c *conn) Write(p []byte) (int, error)        { return c.out.Write(p) }
+func (c *conn) Close() error                       { return c.wire.Close() }
+func (c *conn) LocalAddr() net.Addr                { return c.wire.LocalAddr() }
 func (c *conn) RemoteAddr() net.Addr               { return remoteAddr(c.peer.Remote) }
-func (c *conn) SetDeadline(t time.Time) error      { return c.nc.SetDeadline(t) }
-func (c *conn) SetReadDeadline(t time.Time) error  { return c.nc.SetReadDeadline(t) }
-func (c *conn) SetWriteDeadline(t time.Time) error { return c.nc.SetWriteDeadline(t) }
+func (c *conn) SetDeadline(t time.Time) error      { return c.wire.SetDeadline(t) }
+func (c *conn) SetReadDeadline(t time.Time) error  { return c.wire.SetReadDeadline(t) }
+func (c *conn) SetWriteDeadline(t time.Time) error { return c.wire.SetWriteDeadline(t) }
 
 type remoteAddr netip.AddrPort
 

@@ -26,13 +26,13 @@ func (g *rig) pipe(k key.MachinePrivate) (client net.Conn, finish controlbase.Ha
 		g.t.Fatal(err)
 	}
 	r := httptest.NewRequest("POST", "/ts2021", nil)
-	c, no := g.handshake(r, base64.StdEncoding.EncodeToString(init))
+	c, response, no := g.handshake(r, base64.StdEncoding.EncodeToString(init))
 	if no != nil {
 		g.t.Fatal(no.text)
 	}
 	client, server := net.Pipe()
 	go func() {
-		if g.start(c, server, "", nil) {
+		if g.start(c, server, response, nil) {
 			c.serve()
 		}
 	}()

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
-	"tailscale.com/control/controlbase"
 	"tailscale.com/control/controlhttp/controlhttpcommon"
 
 	"github.com/signalbox-net/signalbox/control/h2"
@@ -23,12 +22,6 @@ import (
 )
 
 const (
-	// A Noise IK initiation: version, type, length, ephemeral key, sealed
-	// machine key, tag (control/controlbase messages.go).
-	initiationSize   = 101
-	initiationType   = 1
-	initiationHeader = 5
-
 	// base64 of 101 bytes with padding.
 	initiationBase64 = (initiationSize + 2) / 3 * 4
 
@@ -79,7 +72,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) serveNative(w http.ResponseWriter, r *http.Request) {
-	c, no := s.handshake(r, r.Header.Get(controlhttpcommon.HandshakeHeaderName))
+	c, response, no := s.handshake(r, r.Header.Get(controlhttpcommon.HandshakeHeaderName))
 	if no != nil {
 		no.write(w)
 		return
@@ -92,22 +85,23 @@ func (s *Server) serveNative(w http.ResponseWriter, r *http.Request) {
 	const head = "HTTP/1.1 101 Switching Protocols\r\n" +
 		"Upgrade: " + controlhttpcommon.UpgradeHeaderValue + "\r\n" +
 		"Connection: Upgrade\r\n\r\n"
-	if s.start(c, raw, head, buffered(rw.Reader)) {
+	if s.start(c, raw, append([]byte(head), response...), buffered(rw.Reader)) {
 		// Returning lets net/http give up its buffers and this goroutine.
 		go c.serve()
 	}
 }
 
-// start gives a session its connection: head and the Noise response go out in
-// one write, early is what was read already. The peer has the time of Setup
-// for its first record.
-func (s *Server) start(c *session, raw net.Conn, head string, early []byte) bool {
+// start gives a session its connection: head ends with the Noise response and
+// goes out in one write, early is what was read already. The peer has the time
+// of Setup for its first record.
+func (s *Server) start(c *session, raw net.Conn, head, early []byte) bool {
 	raw.SetDeadline(time.Now().Add(s.lim.Setup))
-	if _, err := raw.Write(append([]byte(head), c.wire.takeResponse()...)); err != nil {
+	if _, err := raw.Write(head); err != nil {
 		raw.Close()
 		return false
 	}
-	c.wire.attach(raw, early)
+	c.wire = &wire{Conn: raw, stall: s.lim.WriteStall, early: early}
+	c.in.w, c.out.w = c.wire, c.wire
 	c.h2 = h2.New((*conn)(c), h2.Config{
 		Handler: c, Context: WithPeer(s.base, c.peer), Setup: s.lim.Setup, Stall: s.lim.WriteStall, Frame: 4 * maxPlaintext, Control: c.frame, Log: s.log,
 	})
@@ -125,7 +119,7 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		(&refusal{status: http.StatusBadRequest, text: "unknown WebSocket subprotocol"}).write(w)
 		return
 	}
-	c, no := s.handshake(r, r.URL.Query().Get(controlhttpcommon.HandshakeHeaderName))
+	c, response, no := s.handshake(r, r.URL.Query().Get(controlhttpcommon.HandshakeHeaderName))
 	if no != nil {
 		no.write(w)
 		return
@@ -155,46 +149,45 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	ws.SetReadLimit(webSocketMessage)
-	if s.start(c, &webSocketConn{Conn: hj.conn, ws: ws}, "", nil) {
+	if s.start(c, &webSocketConn{Conn: hj.conn, ws: ws}, response, nil) {
 		// The WebSocket library reads through net/http's buffers, so the
 		// handler stays with it.
 		c.serve()
 	}
 }
 
-// handshake checks and computes a handshake, and leaves its answer in the
-// returned session's wire. No lock is held and nothing is kept for a refusal.
-func (s *Server) handshake(r *http.Request, b64 string) (*session, *refusal) {
+// handshake checks and computes a handshake, and returns the session with the
+// answer to the client. No lock is held and nothing is kept for a refusal.
+func (s *Server) handshake(r *http.Request, b64 string) (*session, []byte, *refusal) {
 	s.mu.Lock()
 	draining := s.draining
 	s.mu.Unlock()
 	if draining {
-		return nil, &refusal{status: http.StatusServiceUnavailable, retry: time.Second, text: "shutting down"}
+		return nil, nil, &refusal{status: http.StatusServiceUnavailable, retry: time.Second, text: "shutting down"}
 	}
 	init, err := decodeInitiation(b64)
 	if err != nil {
 		s.counts.malformed.Add(1)
-		return nil, &refusal{status: http.StatusBadRequest, text: err.Error()}
+		return nil, nil, &refusal{status: http.StatusBadRequest, text: err.Error()}
 	}
 	if no := s.enter(r.Context()); no != nil {
 		s.counts.busy.Add(1)
-		return nil, no
+		return nil, nil, no
 	}
-	wire := &wire{stall: s.lim.WriteStall}
-	nc, err := controlbase.Server(context.Background(), wire, s.cfg.PrivateKey, init)
+	secret, err := respond(s.private, init)
 	s.gate.Release(1)
 	if err != nil {
 		s.counts.malformed.Add(1)
 		s.log.Debug("noise handshake", "err", err)
-		return nil, &refusal{status: http.StatusBadRequest, text: "invalid handshake"}
+		return nil, nil, &refusal{status: http.StatusBadRequest, text: "invalid handshake"}
 	}
 	c := &session{
-		s:    s,
-		nc:   nc,
-		wire: wire,
+		s:   s,
+		in:  recordReader{aead: secret.in},
+		out: recordWriter{aead: secret.out},
 		peer: Conn{
-			Machine: nc.Peer(),
-			Version: nc.ProtocolVersion(),
+			Machine: secret.machine,
+			Version: secret.version,
 			Remote:  s.cfg.Source(r),
 			ID:      s.lastID.Add(1),
 		},
@@ -202,7 +195,7 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, *refusal) {
 	}
 	if no := s.admit(c); no != nil {
 		s.counts.limited.Add(1)
-		return nil, no
+		return nil, nil, no
 	}
 	if s.cfg.Identify != nil {
 		c.identify = s.cfg.Identify(r)
@@ -211,7 +204,7 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, *refusal) {
 	if s.log.Enabled(r.Context(), slog.LevelDebug) {
 		s.log.Debug("noise connection", "machine", c.peer.Machine.ShortString(), "version", c.peer.Version, "conn", c.peer.ID)
 	}
-	return c, nil
+	return c, secret.response, nil
 }
 
 // admit charges the source of a machine key that has no node. Nodes come back

@@ -5,47 +5,16 @@ import (
 	"errors"
 	"io"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/coder/websocket"
 )
 
-// corkSize holds a full HTTP/2 DATA frame and the head of its response as Noise
-// frames (19 bytes more for each 4,077). It stays below 32 KiB, the largest
-// WebSocket message that clients read.
-const corkSize = 17 << 10
-
-var corkPool = sync.Pool{New: func() any { return new([corkSize]byte) }}
-
-// wire is the connection below Noise. controlbase writes each of its frames
-// by itself; between cork and uncork they are collected and leave together.
-//
-// Before attach there is no connection, and what is written is kept: the
-// handshake is computed before the HTTP request is answered.
-//
-// HTTP/2 has one writer at a time (h2.Conn.wmu), which is who owns cork and corked.
+// wire is the connection below Noise.
 type wire struct {
 	net.Conn
-	stall    time.Duration
-	response []byte // Noise message 2 until takeResponse
-	early    []byte // read together with the HTTP request
-
-	cork   *[corkSize]byte
-	corked int
-}
-
-var errNotAttached = errors.New("noise: connection not attached")
-
-func (w *wire) takeResponse() []byte {
-	b := w.response
-	w.response = nil
-	return b
-}
-
-func (w *wire) attach(c net.Conn, early []byte) {
-	w.Conn = c
-	w.early = early
+	stall time.Duration
+	early []byte // read together with the HTTP request
 }
 
 func (w *wire) Read(p []byte) (int, error) {
@@ -56,49 +25,7 @@ func (w *wire) Read(p []byte) (int, error) {
 		}
 		return n, nil
 	}
-	if w.Conn == nil {
-		return 0, errNotAttached
-	}
 	return w.Conn.Read(p)
-}
-
-func (w *wire) Write(p []byte) (int, error) {
-	if w.Conn == nil {
-		w.response = append(w.response, p...)
-		return len(p), nil
-	}
-	if w.cork == nil {
-		return w.send(p)
-	}
-	if len(p) > corkSize-w.corked {
-		if err := w.flush(); err != nil {
-			return 0, err
-		}
-	}
-	w.corked += copy(w.cork[w.corked:], p)
-	return len(p), nil
-}
-
-// startCork makes writes collect until uncork.
-func (w *wire) startCork() {
-	w.cork = corkPool.Get().(*[corkSize]byte)
-}
-
-func (w *wire) uncork() error {
-	err := w.flush()
-	corkPool.Put(w.cork)
-	w.cork = nil
-	return err
-}
-
-func (w *wire) flush() error {
-	if w.corked == 0 {
-		return nil
-	}
-	n := w.corked
-	w.corked = 0
-	_, err := w.send(w.cork[:n])
-	return err
 }
 
 // send gives each write its own time: a peer that takes nothing for that long
@@ -106,20 +33,6 @@ func (w *wire) flush() error {
 func (w *wire) send(p []byte) (int, error) {
 	w.Conn.SetWriteDeadline(time.Now().Add(w.stall))
 	return w.Conn.Write(p)
-}
-
-func (w *wire) Close() error {
-	if w.Conn == nil {
-		return nil
-	}
-	return w.Conn.Close()
-}
-
-func (w *wire) SetDeadline(t time.Time) error {
-	if w.Conn == nil {
-		return nil
-	}
-	return w.Conn.SetDeadline(t)
 }
 
 // webSocketConn is a stream over binary WebSocket messages. Deadlines and
