@@ -141,8 +141,30 @@ func (tx *Tx) RedeemAuthKey(keyID string, hash [32]byte, m key.MachinePublic) (*
 	return k, nil
 }
 
+// authKeyFor returns the auth key of that public part, and whether m has used
+// it for a node that is still there, or for a registration that goes on.
+func (r *Reader) authKeyFor(keyID string, m key.MachinePublic) (k *AuthKey, open bool, err error) {
+	if keyID != clean(keyID) {
+		return nil, false, ErrNotFound
+	}
+	var rows []struct {
+		Key    authKeyRow `gorm:"embedded"`
+		Closed *int64
+	}
+	err = r.err(r.g.Raw("SELECT k.*, u.closed FROM auth_keys k LEFT JOIN auth_key_uses u ON u.auth_key_id = k.id AND u.machine_key = ? "+
+		"WHERE k.tailnet_id = ? AND k.key_id = ?", keyText(m), r.tailnet, keyID).Find(&rows).Error)
+	if err == nil && len(rows) == 0 {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	k, err = rowToAuthKey(&rows[0].Key)
+	return k, rows[0].Closed != nil && *rows[0].Closed == 0, err
+}
+
 func (tx *Tx) redeem(keyID string, hash [32]byte, m key.MachinePublic) (*AuthKey, error) {
-	k, err := tx.AuthKeyByKeyID(keyID)
+	k, open, err := tx.authKeyFor(keyID, m)
 	var stored [32]byte // compared also when there is no such key, to take the same time
 	if err == nil {
 		stored = k.Hash
@@ -157,13 +179,8 @@ func (tx *Tx) redeem(keyID string, hash [32]byte, m key.MachinePublic) (*AuthKey
 	case expired(k.Expires, tx.now):
 		return nil, ErrKeyExpired
 	}
-	var closed int64
-	err = tx.one(&closed, "SELECT closed FROM auth_key_uses WHERE auth_key_id = ? AND machine_key = ?", k.ID, keyText(m))
-	switch {
-	case err == nil && closed == 0:
+	if open {
 		return k, nil
-	case err != nil && err != ErrNotFound:
-		return nil, err
 	}
 	n, err := tx.exec("UPDATE auth_keys SET uses = uses + 1 WHERE id = ? AND (reusable OR uses = 0)", k.ID)
 	if err != nil {

@@ -202,16 +202,20 @@ func (r *Reader) NodeByNodeKey(k key.NodePublic) (*Node, error) {
 // NodesByMachineKey returns the nodes of one machine, by id. There may be
 // several: one for each profile of the client.
 func (r *Reader) NodesByMachineKey(k key.MachinePublic) ([]*Node, error) {
-	// Most machines that ask are new, and to learn that is a third of the work of reading nodes.
-	var first int64
-	err := r.one(&first, "SELECT id FROM nodes WHERE tailnet_id = ? AND machine_key = ? LIMIT 1", r.tailnet, keyText(k))
-	if err == ErrNotFound {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
 	return r.nodes("n.tailnet_id = ? AND n.machine_key = ? ORDER BY n.id", r.tailnet, keyText(k))
+}
+
+// Stranger reports whether nothing is known of a machine key: it has no node,
+// and no deleted one that is remembered.
+func (r *Reader) Stranger(k key.MachinePublic) (bool, error) {
+	var known int
+	text := keyText(k)
+	err := r.one(&known, "SELECT 1 FROM nodes WHERE tailnet_id = ? AND machine_key = ? "+
+		"UNION ALL SELECT 1 FROM tombstones WHERE tailnet_id = ? AND machine_key = ? LIMIT 1", r.tailnet, text, r.tailnet, text)
+	if err == ErrNotFound {
+		return true, nil
+	}
+	return false, err
 }
 
 // Nodes returns all nodes, by id.

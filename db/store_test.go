@@ -353,8 +353,8 @@ func TestStatementsPerOperation(t *testing.T) {
 		{"create an auth key", 6, update(func(tx *db.Tx) error {
 			return tx.CreateAuthKey(&db.AuthKey{KeyID: keyID, Hash: hash, User: s.user.ID})
 		})},
-		// begin, lock | key, use, count, use | newest, candidates | name | node, state | audit, changes, revision
-		{"register a node by key", 14, update(func(tx *db.Tx) error {
+		// begin, lock | key with its use, count, use | newest, candidates | name | node, state | audit, changes, revision
+		{"register a node by key", 13, update(func(tx *db.Tx) error {
 			if _, err := tx.RedeemAuthKey(keyID, hash, node.MachineKey); err != nil {
 				return err
 			}

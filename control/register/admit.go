@@ -61,6 +61,12 @@ func decide(d *device, machine []*db.Node) *db.Node {
 
 // admit makes the device a node: a new one, or the one it was before with a new key. It returns the row as written.
 func (r *Registrar) admit(tx *db.Tx, d *device) (*db.Node, error) {
+	// Most that ask are new, and this is the least work that tells.
+	if stranger, err := tx.Stranger(d.machine); err != nil {
+		return nil, err
+	} else if stranger {
+		return r.create(tx, d)
+	}
 	machine, err := tx.NodesByMachineKey(d.machine)
 	if err != nil {
 		return nil, err
