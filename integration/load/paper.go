@@ -88,7 +88,7 @@ type assumptions struct {
 	load     float64 // part of cores and network that every day may take
 	rows     float64 // change rows a second that the database takes
 	commits  float64 // transactions a second that it takes
-	gapEach  float64 // seconds between announcements a session, and at most
+	gapEach  float64 // seconds between announcements a session while changes do not end, and at most
 	gapLimit float64
 }
 
@@ -96,7 +96,7 @@ type assumptions struct {
 // cores, writers on two servers, fifty changes a transaction, fsync on.
 var assumed = assumptions{
 	nodes: 100_000, changes: 2, edits: 10, cores: 2, memory: 8 << 30, network: 125e6, back: 60, load: .5,
-	rows: 31_000, commits: 625, gapEach: 100e-6, gapLimit: .25,
+	rows: 31_000, commits: 625, gapEach: 500e-6, gapLimit: .5,
 }
 
 // An estimate is the table for one number of peers that a node sees.
@@ -171,10 +171,10 @@ type demand struct{ what, formula, dim string }
 
 // demands are computed, in this order, by assumptions.estimate. V is how many
 // others a node sees, n = N/S the sessions of a server, R = N·changes/3600 the
-// changes in a second, g = min(100 µs·n, 0.25 s) the server's least time between
-// announcements; ° is the fixed part of a unit and ′ the part of each node. A
-// change costs its server D° and each server that follows it E°; each delta
-// D′, and each change in a delta E′.
+// changes in a second, g = min(500 µs·n, 0.5 s) the server's time between
+// announcements while changes do not end; ° is the fixed part of a unit and ′
+// the part of each node. A change costs its server D° and each server that
+// follows it E°; each delta D′, and each change in a delta E′.
 var demands = []demand{
 	{"full map of a client", "B(V)", "B"},
 	{"restart of all: bytes", "N·B(V)", "B"},
