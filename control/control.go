@@ -83,10 +83,13 @@ type Server struct {
 	reports  *limit.Table // audit records of clients
 	started  time.Time
 	rival    atomic.Bool
-	sick     bool // owned by duties: the last look at the database found a fault
 	probes   probes
 	signs    signs
-	alarms   map[string]bool // owned by duties: what was warned of and still holds
+
+	// The following fields are owned by duties.
+	alarms                  map[string]bool // what was warned of and still holds
+	sick                    bool            // the last look at the database found a fault
+	nextExpiry, nextRemoval date
 }
 
 // New joins the parts. It starts nothing.

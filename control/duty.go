@@ -90,11 +90,38 @@ func (s *Server) probe(ctx context.Context) {
 	s.sick = err != nil
 }
 
+// A date is when a duty has something to do next, as far as one snapshot tells. It saves looking at every node every second.
+type date struct {
+	snap *tailnet.Snapshot
+	at   time.Time // zero when there is nothing to come
+}
+
+// come reports whether it is time to look: at the date, and when there is another snapshot.
+func (d *date) come(snap *tailnet.Snapshot, now time.Time) bool {
+	return d.snap != snap || !d.at.IsZero() && !now.Before(d.at)
+}
+
+// include brings the date forward to at.
+func (d *date) include(at time.Time) {
+	if d.at.IsZero() || at.Before(d.at) {
+		d.at = at
+	}
+}
+
 // expire marks nodes whose key has ended.
 func (s *Server) expire(ctx context.Context, now time.Time) {
+	snap := s.cfg.Replica.Current()
+	if !s.nextExpiry.come(snap, now) {
+		return
+	}
+	s.nextExpiry = date{snap: snap}
 	var due []tailcfg.NodeID
-	for _, n := range s.cfg.Replica.Current().Nodes() {
-		if n != nil && !n.Expired && !n.Expiry.IsZero() && !n.Expiry.After(now) {
+	for _, n := range snap.Nodes() {
+		if n == nil || n.Expired || n.Expiry.IsZero() {
+			continue
+		}
+		s.nextExpiry.include(n.Expiry)
+		if !n.Expiry.After(now) {
 			due = append(due, n.ID)
 		}
 	}
@@ -130,8 +157,18 @@ func (s *Server) removeEphemeral(ctx context.Context, now time.Time) {
 	if s.cfg.EphemeralTimeout <= 0 {
 		return
 	}
-	for _, n := range s.cfg.Replica.Current().Nodes() {
-		if n == nil || !n.Ephemeral || n.State.Online || now.Sub(lastSign(n)) < s.cfg.EphemeralTimeout {
+	snap := s.cfg.Replica.Current()
+	if !s.nextRemoval.come(snap, now) {
+		return
+	}
+	s.nextRemoval = date{snap: snap}
+	for _, n := range snap.Nodes() {
+		if n == nil || !n.Ephemeral || n.State.Online {
+			continue
+		}
+		end := lastSign(n).Add(s.cfg.EphemeralTimeout)
+		s.nextRemoval.include(end)
+		if now.Before(end) {
 			continue
 		}
 		s.do(ctx, "remove ephemeral node", func(tx *db.Tx) error {
