@@ -180,14 +180,15 @@ func (s *Server) left(id tailcfg.NodeID, st *db.NodeState, now time.Time) bool {
 }
 
 // settle compares the streams here with the rows. A node that is shown offline, since this server was paused and taken for dead, is here. A
-// node that another living server has is there: the stream here is one that its client left behind without a word.
+// node that another living server has is there: the stream here is one that its client left behind without a word. A row that does not have the
+// stream's beginning yet says nothing of it.
 func (s *Server) settle(ctx context.Context, now time.Time) {
 	var odd []tailcfg.NodeID
 	for _, n := range s.cfg.Replica.Current().Nodes() {
 		if n == nil || n.State.Online && n.State.Instance == s.cfg.Instance.ID {
 			continue
 		}
-		if since, ok := s.Poll.Since(n.ID); ok && now.Sub(since) > settled {
+		if since, ok := s.Poll.Since(n.ID); ok && now.Sub(since) > settled && !s.cfg.Ledger.Unwritten(n.ID) {
 			odd = append(odd, n.ID)
 		}
 	}

@@ -124,6 +124,30 @@ func TestStreamThatWasLeftBehindEnds(t *testing.T) {
 	}
 }
 
+// A server that could not write yet that a node has come to it, because the database was away or is slow, does not take the row's word that the
+// node is elsewhere.
+func TestStreamIsKeptWhileItsBeginningIsUnwritten(t *testing.T) {
+	t.Parallel()
+	g := start(t, controltest.Options{Change: quick})
+	other := g.BesideUnwritten("other", g.Clock)
+	v := g.join("victim")
+	v.Poll()
+	g.WaitNode(v.ID(), "the stream here", func(n *tailnet.Node) bool { return n.State.Online && n.State.Instance == 1 })
+	other.WaitNode(v.ID(), "that, there", func(n *tailnet.Node) bool { return n.State.Online && n.State.Instance == 1 })
+	now := v.On(other).Poll()
+	now.Wait("its map", func(view *controltest.View) bool { return view.Node != nil })
+	pass(other, time.Minute, func() { g.Beat(g.Context()) })
+	if now.Ended() {
+		t.Fatal("the stream was ended for one that its client had left")
+	}
+	go other.Ledger.Run(t.Context())
+	g.WaitNode(v.ID(), "the move", func(n *tailnet.Node) bool { return n.State.Online && n.State.Instance != 1 })
+	pass(other, time.Minute, func() { g.Beat(g.Context()) })
+	if now.Ended() {
+		t.Error("the stream was ended when its beginning was written")
+	}
+}
+
 func TestSignOfLifeSaysWhatTheServerHas(t *testing.T) {
 	t.Parallel()
 	g := start(t, controltest.Options{Change: quick})

@@ -105,12 +105,23 @@ func (s *Server) Stop() {
 // the end of the test.
 func (s *Server) Beside(name string, clock *Clock) *Server {
 	s.Helper()
+	return s.beside(name, clock, func(n *Server, ctx context.Context) error { return n.Server.Run(ctx) })
+}
+
+// BesideUnwritten is Beside for a server that follows the database, does no duty by itself, and writes no report until its Ledger runs.
+func (s *Server) BesideUnwritten(name string, clock *Clock) *Server {
+	s.Helper()
+	return s.beside(name, clock, func(n *Server, ctx context.Context) error { return n.Replica.Run(ctx) })
+}
+
+func (s *Server) beside(name string, clock *Clock, run func(*Server, context.Context) error) *Server {
+	s.Helper()
 	n := &Server{TB: s.TB, Clock: clock, Store: s.Store, Tailnet: s.Tailnet, opts: s.opts, noise: s.noise}
 	self := db.Instance{Name: name, Started: clock.Now()}
 	_, err := s.Store.Update(s.Context(), s.Tailnet, db.Actor{Kind: "system"}, func(tx *db.Tx) error { return tx.Heartbeat(&self) })
 	s.check(err)
 	ctx, cancel := context.WithCancel(context.Background())
-	n.serve(ctx, cancel, self, func() error { return nil })
+	n.serve(ctx, cancel, self, func() error { return nil }, run)
 	s.Cleanup(n.Stop)
 	return n
 }
@@ -119,10 +130,10 @@ func (s *Server) start() {
 	s.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	self := s.open(ctx)
-	s.serve(ctx, cancel, self, s.Store.Close)
+	s.serve(ctx, cancel, self, s.Store.Close, func(s *Server, ctx context.Context) error { return s.Server.Run(ctx) })
 }
 
-func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, self db.Instance, closeStore func() error) {
+func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, self db.Instance, closeStore func() error, run func(*Server, context.Context) error) {
 	s.Helper()
 	var err error
 	s.Replica, err = tailnet.NewReplica(ctx, tailnet.ReplicaConfig{Store: s.Store, Tailnet: s.Tailnet, FanOut: s.opts.FanOut})
@@ -145,7 +156,7 @@ func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, self db.I
 	s.Routes(r)
 	web := &http.Server{Handler: r}
 	ran := make(chan error, 1)
-	go func() { ran <- s.Server.Run(ctx) }()
+	go func() { ran <- run(s, ctx) }()
 	go func() { _ = web.Serve(ln) }()
 	s.stop = func() {
 		cancel()

@@ -32,8 +32,9 @@ type Ledger struct {
 	log  *slog.Logger
 	wake chan struct{} // one slot
 
-	mu   sync.Mutex // guards the following field
-	pool *pool      // reports that wait for the next flush
+	mu      sync.Mutex // guards the following fields
+	pool    *pool      // reports that wait for the next flush
+	flushed *pool      // those that are being written; nil when none are
 }
 
 // NewLedger returns a Ledger whose reports are written while Run runs.
@@ -132,6 +133,21 @@ func (l *Ledger) Detach(id tailcfg.NodeID, now time.Time) func(context.Context) 
 	return l.add(id, func(p *pending) { p.presence = &Presence{Instance: l.cfg.Instance, Seen: now} })
 }
 
+// Unwritten reports whether what was last said by Attach or Detach is not on disk yet: until then the row of the node may tell of an earlier time.
+func (l *Ledger) Unwritten(id tailcfg.NodeID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range []*pool{l.pool, l.flushed} {
+		if p == nil {
+			continue
+		}
+		if r := p.reports[id]; r != nil && r.presence != nil {
+			return true
+		}
+	}
+	return false
+}
+
 func (l *Ledger) add(id tailcfg.NodeID, set func(*pending)) func(context.Context) error {
 	l.mu.Lock()
 	p := l.pool
@@ -197,12 +213,8 @@ const maxBatch = 500
 func (l *Ledger) flush(ctx context.Context) bool {
 	l.mu.Lock()
 	p := l.pool
-	l.pool = newPool()
+	l.pool, l.flushed = newPool(), p
 	l.mu.Unlock()
-	if len(p.reports) == 0 {
-		close(p.done)
-		return true
-	}
 	for ids := range slices.Chunk(slices.Sorted(maps.Keys(p.reports)), maxBatch) {
 		if err := l.write(ctx, p, ids); err != nil {
 			p.err = fmt.Errorf("write reports of %d nodes: %w", len(ids), err)
@@ -210,8 +222,8 @@ func (l *Ledger) flush(ctx context.Context) bool {
 	}
 	if p.err != nil {
 		l.log.Error("reports not written", "err", p.err)
-		l.keepPresence(p)
 	}
+	l.settle(p)
 	close(p.done)
 	return p.err == nil
 }
@@ -294,10 +306,14 @@ func sameState(a, b *db.NodeState) bool {
 		a.LastSeen.Equal(b.LastSeen) && slices.Equal(a.Endpoints, b.Endpoints) && (a.Hostinfo == b.Hostinfo || reflect.DeepEqual(a.Hostinfo, b.Hostinfo))
 }
 
-// keepPresence puts the presence of a refused batch back, under whatever came in since: a stream's end is known only here.
-func (l *Ledger) keepPresence(p *pool) {
+// settle ends the writing of p. The presence of a refused batch is put back, under whatever came in since: a stream's end is known only here.
+func (l *Ledger) settle(p *pool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.flushed = nil
+	if p.err == nil {
+		return
+	}
 	for id, r := range p.reports {
 		if r.presence == nil {
 			continue
