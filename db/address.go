@@ -24,11 +24,11 @@ var reservedRanges = []netip.Prefix{
 }
 
 // AllocateAddrs draws free addresses for a new node from the pools, each
-// family on its own. It goes upward from the newest node's address, or draws
-// at random; what was found free beside it is given out next. The first and,
-// for IPv4, the last address of a pool are not given out, nor are reserved
-// ranges. One that was released in the last 24 h comes
-// up only when nothing else is left. ErrPoolExhausted when all are used.
+// family on its own. It goes upward from the newest node's address, or draws at
+// random; what was found free beside an address is given out next. The first
+// and, for IPv4, the last address of a pool are not given out, nor are reserved
+// ranges. One that was released in the last 24 h comes up only when nothing
+// else is left. ErrPoolExhausted when all are used.
 //
 // The addresses are not taken until a CreateNode or PutNode in this
 // transaction uses them.
@@ -199,7 +199,7 @@ func (tx *Tx) step(searches []*search) error {
 				s.found = a
 			}
 			if s.heldToo {
-				break // others that were released less long ago come first when they are free again
+				break // a held address is given out only while nothing else is left, so each is looked for anew
 			}
 			if !slices.Contains(s.spare, a) { // drawn twice
 				s.spare = append(s.spare, a)

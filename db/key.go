@@ -55,14 +55,6 @@ func (r *Reader) AuthKey(id int64) (*AuthKey, error) {
 	return findOne(r, r.mine().Where("id = ?", id), rowToAuthKey)
 }
 
-// AuthKeyByKeyID returns the auth key of that public part.
-func (r *Reader) AuthKeyByKeyID(keyID string) (*AuthKey, error) {
-	if keyID != clean(keyID) {
-		return nil, ErrNotFound
-	}
-	return findOne(r, r.mine().Where("key_id = ?", keyID), rowToAuthKey)
-}
-
 // AuthKeys returns all auth keys, also those that no longer work, by id.
 func (r *Reader) AuthKeys() ([]*AuthKey, error) {
 	return find(r, r.mine().Order("id"), rowToAuthKey)

@@ -340,7 +340,7 @@ func TestStatementsPerOperation(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, keyID, hash := db.NewKey(db.KeyAuth)
-	node := dbtest.NewNode(s.user)
+	node, next := dbtest.NewNode(s.user), dbtest.NewNode(s.user)
 	update := func(fn func(*db.Tx) error) func() error {
 		return func() error { _, err := store.Update(t.Context(), s.tailnet, admin, fn); return err }
 	}
@@ -363,13 +363,15 @@ func TestStatementsPerOperation(t *testing.T) {
 			}
 			return tx.Audit("node.create", "laptop", nil, nil)
 		})},
+		// begin, lock | name | node, state | changes, revision: addresses are known
+		{"register the next node", 7, update(func(tx *db.Tx) error { return dbtest.Register(tx, next, pools, "phone") })},
 		// begin, lock | existing ids, upsert | changes, revision
 		{"report a node's state", 6, update(func(tx *db.Tx) error {
 			return tx.PutNodeStates(map[tailcfg.NodeID]db.NodeState{node.ID: {DiscoKey: key.NewDisco().Public()}})
 		})},
 		// revision, changes, nodes, auth keys are not loaded
 		{"follow", 3, func() error { _, err := store.Follow(t.Context(), s.tailnet, 1); return err }},
-		{"follow when nothing moved", 1, func() error { _, err := store.Follow(t.Context(), s.tailnet, 4); return err }},
+		{"follow when nothing moved", 1, func() error { _, err := store.Follow(t.Context(), s.tailnet, 5); return err }},
 		{"load", 6, func() error { _, err := store.Load(t.Context(), s.tailnet); return err }},
 	} {
 		seen = nil

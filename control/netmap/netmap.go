@@ -1,7 +1,7 @@
 // Package netmap turns snapshots into the bytes of map responses.
 //
 // Its one trick is that a stock client decodes a map message as any number of zstd frames one after the other, so a message is put together
-// from frames that were compressed once and are shared by every viewer they fit: 64 neighbouring nodes of which a viewer sees the same ones
+// from frames that were compressed once and are shared by every viewer they fit: up to 64 neighbouring nodes of which a viewer sees the same ones
 // make one frame, a change that a thousand viewers may know of makes one frame, a packet filter that ten nodes share makes one frame.
 // Nothing is marshalled or compressed for one viewer but its own node.
 //

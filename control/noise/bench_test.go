@@ -231,3 +231,18 @@ func TestOneHTTP2FrameLeavesInOneWrite(t *testing.T) {
 		t.Errorf("a full frame took %d writes", n)
 	}
 }
+
+// A batch has room for what is a little more than a full frame, such as the head of its response.
+func TestFrameAndHeadLeaveInOneWrite(t *testing.T) {
+	client, _, out, _ := pair(t)
+	counted := &countingConn{Conn: out.w.Conn}
+	out.w.Conn = counted
+	text := make([]byte, 4*maxPlaintext+300)
+	go out.Write(text)
+	if _, err := io.ReadFull(client, text); err != nil {
+		t.Fatal(err)
+	}
+	if n := counted.writes.Load(); n != 1 {
+		t.Errorf("%d bytes left in %d writes", len(text), n)
+	}
+}

@@ -123,15 +123,13 @@ func TestChangedInitiationsAreRefused(t *testing.T) {
 	}
 	own := ownKey(t, server)
 	for bit := range 8 * len(init) {
+		if bit/8 >= 2 && bit/8 < initiationHeader {
+			continue // type and length, which decodeInitiation looks at
+		}
 		changed := bytes.Clone(init)
 		changed[bit/8] ^= 1 << (bit % 8)
 		if _, err := respond(own, changed); err == nil {
 			t.Errorf("bit %d of byte %d was changed", bit%8, bit/8)
-		}
-	}
-	for _, b := range [][]byte{nil, init[:100], append(bytes.Clone(init), 0)} {
-		if _, err := respond(own, b); err == nil {
-			t.Errorf("%d bytes were taken", len(b))
 		}
 	}
 	if _, err := respond(ownKey(t, key.NewMachine()), init); err == nil {
@@ -142,7 +140,7 @@ func TestChangedInitiationsAreRefused(t *testing.T) {
 	}
 }
 
-// The points of small order (RFC 7748, 6.1; https://cr.yp.to/ecdh.html#validate), with which every private key agrees on zero.
+// Encodings of points of small order (https://cr.yp.to/ecdh.html#validate), with which every private key agrees on zero.
 var lowOrder = [][32]byte{
 	{},
 	{0: 1},
@@ -151,20 +149,8 @@ var lowOrder = [][32]byte{
 }
 
 func TestLowOrderKeysAreRefused(t *testing.T) {
-	server := key.NewMachine()
-	init, _, err := controlbase.ClientDeferred(key.NewMachine(), server.Public(), currentVersion)
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, p := range lowOrder {
-		changed := bytes.Clone(init)
-		copy(changed[5:], p[:])
-		if _, err := respond(ownKey(t, server), changed); err == nil {
-			t.Errorf("an ephemeral key of low order was taken: %x", p)
-		}
-		st := newState(currentVersion)
-		public, err := ecdh.X25519().NewPublicKey(p[:])
-		if err == nil && st.mixKey(ownKey(t, server), public) == nil {
+		if _, err := newState(currentVersion).mixKey(ownKey(t, key.NewMachine()), p[:]); err == nil {
 			t.Errorf("a key of low order was mixed in: %x", p)
 		}
 	}
@@ -193,59 +179,112 @@ func TestClientRefusesAnotherResponse(t *testing.T) {
 	}
 }
 
-// After a record that is not the next one, nothing more is read.
+// sealed are the records that the client writes for each text.
+func sealed(t *testing.T, client io.Writer, in *recordReader, texts ...string) (out [][]byte) {
+	t.Helper()
+	for _, text := range texts {
+		go io.WriteString(client, text)
+		b := make([]byte, recordHeader+len(text)+tagSize)
+		if _, err := io.ReadFull(in.w.Conn, b); err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, b)
+	}
+	return out
+}
+
+// Of records that are not as the client wrote them, in its order, nothing is read, and nothing after them.
 func TestChangedRecordsEndTheConnection(t *testing.T) {
-	for name, change := range map[string]func([]byte) []byte{
-		"text changed":   func(b []byte) []byte { b[3] ^= 1; return b },
-		"tag changed":    func(b []byte) []byte { b[len(b)-1] ^= 1; return b },
-		"another type":   func(b []byte) []byte { b[0] = 3; return b },
-		"too long":       func(b []byte) []byte { b[1], b[2] = 0x0f, 0xfe; return b },
-		"too short":      func(b []byte) []byte { b[2] = 15; return b },
-		"sent twice":     func(b []byte) []byte { return append(b, b...) },
-		"the next first": func(b []byte) []byte { n := len(b) / 2; return append(b[n:], b[:n]...) },
+	flip := func(at int) func([][]byte) {
+		return func(r [][]byte) { r[1][(at+len(r[1]))%len(r[1])] ^= 1 }
+	}
+	for name, c := range map[string]struct {
+		change func(r [][]byte) // of five records
+		read   int              // records that come before
+	}{
+		"unchanged":                 {func([][]byte) {}, 5},
+		"text":                      {flip(recordHeader), 1},
+		"tag":                       {flip(-1), 1},
+		"type":                      {flip(0), 1},
+		"longer than any record":    {func(r [][]byte) { r[1][1], r[1][2] = 0x0f, 0xfe }, 1},
+		"shorter than a tag":        {func(r [][]byte) { r[1] = append(r[1][:2:2], 15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0) }, 1},
+		"sent twice":                {func(r [][]byte) { r[1] = r[0] }, 1},
+		"left out":                  {func(r [][]byte) { r[1], r[2], r[3] = r[2], r[3], r[4] }, 1},
+		"in another order":          {func(r [][]byte) { r[1], r[2] = r[2], r[1] }, 1},
+		"the first of all, changed": {func(r [][]byte) { r[0][4] ^= 0x80 }, 0},
+		"the last, changed":         {func(r [][]byte) { r[4][4] ^= 0x80 }, 4},
+		"cut to nothing":            {func(r [][]byte) { r[0][2] = tagSize }, 0},
 	} {
 		client, in, _, _ := pair(t)
-		records := func() []byte {
-			var out []byte
-			for range 2 {
-				go client.Write([]byte("hello"))
-				b := make([]byte, recordHeader+5+tagSize)
-				if _, err := io.ReadFull(in.w.Conn, b); err != nil {
-					t.Fatal(err)
-				}
-				out = append(out, b...)
-			}
-			return out
-		}()
-		if name == "sent twice" {
-			records = records[:len(records)/2]
-		}
-		in.w.early = append(change(records), make([]byte, maxRecord)...)
+		records := sealed(t, client, in, "one", "two", "three", "four", "five")
+		c.change(records)
+		in.w.early = bytes.Join(records, nil)
+		in.w.Conn.Close()
+		read := 0
 		var err error
-		n := 0
-		for ; err == nil && n < 10; n++ {
-			_, err = in.Read(make([]byte, 100))
+		for b := make([]byte, 100); ; read++ {
+			if _, err = in.Read(b); err != nil {
+				break
+			}
 		}
-		if err == nil || errors.Is(err, io.EOF) {
-			t.Errorf("%s: read %d times, %v", name, n, err)
+		if read != c.read {
+			t.Errorf("%s: %d records were read, want %d", name, read, c.read)
 		}
-		in.w.early = records
-		if _, again := in.Read(make([]byte, 100)); again == nil {
-			t.Errorf("%s: a read after the fault worked", name)
+		if _, again := in.Read(make([]byte, 100)); read < 5 && (again != err || in.err != err) {
+			t.Errorf("%s: the next read says %v, want %v", name, again, err)
 		}
 	}
 }
 
+// faltering takes a part of its first write, and all of the others.
+type faltering struct {
+	net.Conn
+	writes int
+}
+
+func (f *faltering) SetWriteDeadline(time.Time) error { return nil }
+
+func (f *faltering) Write(p []byte) (int, error) {
+	if f.writes++; f.writes == 1 {
+		return len(p) / 2, errors.New("too slow")
+	}
+	return len(p), nil
+}
+
 // A write that failed halfway leaves the peer out of step.
 func TestNothingIsWrittenAfterAFailedWrite(t *testing.T) {
-	_, _, out, raw := pair(t)
-	raw.Close()
+	_, _, out, _ := pair(t)
+	wire := new(faltering)
+	out.w.Conn = wire
 	_, first := out.Write([]byte("x"))
 	if first == nil {
-		t.Fatal("a write to a closed connection worked")
+		t.Fatal("half a write was taken for one")
 	}
-	if _, err := out.Write([]byte("y")); err != first {
-		t.Errorf("the next write: %v, want %v", err, first)
+	if _, err := out.Write([]byte("y")); err != first || wire.writes != 1 {
+		t.Errorf("the next write: %v after %d writes below, want %v and none", err, wire.writes, first)
+	}
+}
+
+// At the end of the nonces both directions stop.
+func TestConnectionEndsWithItsNonces(t *testing.T) {
+	last := counter{4: 0xff, 5: 0xff, 6: 0xff, 7: 0xff, 8: 0xff, 9: 0xff, 10: 0xff, 11: 0xfe}
+	client, in, out, _ := pair(t)
+	go io.Copy(io.Discard, client)
+	out.nonce = last
+	for range 2 {
+		if _, err := out.Write([]byte("x")); err != errExhausted {
+			t.Errorf("a write with the last nonce: %v", err)
+		}
+	}
+	in.nonce = last
+	in.w.early = append([]byte{recordType, 0, 1 + tagSize}, in.aead.Seal(nil, last[:], []byte("x"), nil)...)
+	if n, err := in.Read(make([]byte, 9)); n != 1 || err != nil {
+		t.Errorf("the record with the last nonce: %d bytes, %v", n, err)
+	}
+	for range 2 {
+		if _, err := in.Read(make([]byte, 9)); err != errExhausted {
+			t.Errorf("a read after it: %v", err)
+		}
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"crypto/hkdf"
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash"
 	"strconv"
@@ -33,27 +32,21 @@ const (
 	tagSize = chacha20poly1305.Overhead
 )
 
-// A secret is what a handshake agreed on.
-type secret struct {
+// An agreement is what a handshake came to.
+type agreement struct {
 	machine  key.MachinePublic // the client's
 	version  int               // tailcfg.CapabilityVersion that it claims
 	response []byte            // to be sent to the client
 	in, out  cipher.AEAD       // of the records from the client, and to it
 }
 
-var errHandshake = errors.New("noise: the initiation is not one for this server")
-
 // respond is the responder's side of Noise_IK_25519_ChaChaPoly_BLAKE2s (The Noise Protocol Framework, revision 34, sections 5 and 7.5), with
-// Tailscale's prologue. initiation has the size of one; own is this server's key.
+// Tailscale's prologue. initiation has the shape of one (decodeInitiation); own is this server's key.
 //
 // It is not the library's (tailscale.com/control/controlbase), which derives a public key anew from each private key that it uses: ten
 // multiplications on the curve where the pattern has five, and they are most of what a connection costs. Tests hold it to the library's other
 // side.
-func respond(own *ecdh.PrivateKey, initiation []byte) (*secret, error) {
-	if len(initiation) != initiationSize || initiation[2] != initiationType ||
-		binary.BigEndian.Uint16(initiation[3:]) != initiationSize-initiationHeader {
-		return nil, errHandshake
-	}
+func respond(own *ecdh.PrivateKey, initiation []byte) (*agreement, error) {
 	version := binary.BigEndian.Uint16(initiation)
 	ephemeral, sealedMachine, tag := initiation[5:37], initiation[37:85], initiation[85:]
 
@@ -62,26 +55,20 @@ func respond(own *ecdh.PrivateKey, initiation []byte) (*secret, error) {
 
 	// -> e, es, s, ss
 	st.mixHash(ephemeral)
-	clientEphemeral, err := ecdh.X25519().NewPublicKey(ephemeral)
+	clientEphemeral, err := st.mixKey(own, ephemeral)
 	if err != nil {
-		return nil, err
-	}
-	if err := st.mixKey(own, clientEphemeral); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("es: %w", err)
 	}
 	machine, err := st.open(sealedMachine)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("machine key: %w", err)
 	}
-	clientMachine, err := ecdh.X25519().NewPublicKey(machine)
+	clientMachine, err := st.mixKey(own, machine)
 	if err != nil {
-		return nil, err
-	}
-	if err := st.mixKey(own, clientMachine); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("ss: %w", err)
 	}
 	if _, err := st.open(tag); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("tag: %w", err)
 	}
 
 	// <- e, ee, se
@@ -94,16 +81,16 @@ func respond(own *ecdh.PrivateKey, initiation []byte) (*secret, error) {
 	response = binary.BigEndian.AppendUint16(response, keySize+tagSize)
 	response = append(response, e.PublicKey().Bytes()...)
 	st.mixHash(e.PublicKey().Bytes())
-	if err := st.mixKey(e, clientEphemeral); err != nil {
-		return nil, err
+	if err := st.mixShared(e, clientEphemeral); err != nil {
+		return nil, fmt.Errorf("ee: %w", err)
 	}
-	if err := st.mixKey(e, clientMachine); err != nil {
-		return nil, err
+	if err := st.mixShared(e, clientMachine); err != nil {
+		return nil, fmt.Errorf("se: %w", err)
 	}
 	response = st.seal(response, nil)
 
 	in, out := st.split()
-	return &secret{machine: key.MachinePublicFromRaw32(mem.B(machine)), version: int(version), response: response, in: in, out: out}, nil
+	return &agreement{machine: key.MachinePublicFromRaw32(mem.B(machine)), version: int(version), response: response, in: in, out: out}, nil
 }
 
 // A state is Noise's SymmetricState. Each key that it derives seals or opens one message, with nonce 0.
@@ -124,8 +111,17 @@ func (st *state) mixHash(data []byte) {
 	st.hash = blake2s.Sum256(append(st.hash[:len(st.hash):len(st.hash)], data...))
 }
 
-// mixKey takes in what the two keys agree on. It fails for a public key of low order, with which they agree on zero (RFC 7748, 6.1).
-func (st *state) mixKey(private *ecdh.PrivateKey, public *ecdh.PublicKey) error {
+// mixKey takes in what the key agrees on with the client's, which it returns.
+func (st *state) mixKey(private *ecdh.PrivateKey, client []byte) (*ecdh.PublicKey, error) {
+	public, err := ecdh.X25519().NewPublicKey(client)
+	if err != nil {
+		return nil, err
+	}
+	return public, st.mixShared(private, public)
+}
+
+// mixShared takes in what the two keys agree on. It fails for a public key of low order, with which they agree on zero (RFC 7748, 6.1).
+func (st *state) mixShared(private *ecdh.PrivateKey, public *ecdh.PublicKey) error {
 	shared, err := private.ECDH(public)
 	if err != nil {
 		return err

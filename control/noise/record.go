@@ -129,7 +129,8 @@ const batchSize = 17 << 10
 
 var batchPool = sync.Pool{New: func() any { return new([batchSize]byte) }}
 
-// A recordWriter writes text as records, several in one write below. It has one writer at a time (h2.Conn.wmu).
+// A recordWriter writes text as records, several in one write below. It has one writer at a time (h2.Conn.wmu). A small text takes a small buffer:
+// a writer that is stuck holds it for as long.
 type recordWriter struct {
 	w     *wire
 	aead  cipher.AEAD
@@ -141,12 +142,23 @@ func (r *recordWriter) Write(p []byte) (sent int, err error) {
 	if r.err != nil {
 		return 0, r.err
 	}
-	batch := batchPool.Get().(*[batchSize]byte)
-	defer batchPool.Put(batch)
+	var space []byte
+	if len(p) <= maxPlaintext {
+		one := recordPool.Get().(*[maxRecord]byte)
+		defer recordPool.Put(one)
+		space = one[:0]
+	} else {
+		batch := batchPool.Get().(*[batchSize]byte)
+		defer batchPool.Put(batch)
+		space = batch[:0]
+	}
 	for len(p) > 0 {
-		b, n := batch[:0], 0
-		for len(p) > n && len(b) <= batchSize-maxRecord {
+		b, n := space, 0
+		for len(p) > n {
 			text := p[n:min(len(p), n+maxPlaintext)]
+			if len(b)+recordHeader+len(text)+tagSize > cap(space) {
+				break
+			}
 			b = append(b, recordType)
 			b = binary.BigEndian.AppendUint16(b, uint16(len(text)+tagSize))
 			b = r.aead.Seal(b, r.nonce[:], text, nil)

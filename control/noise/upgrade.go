@@ -174,7 +174,7 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, []byte, *refu
 		s.counts.busy.Add(1)
 		return nil, nil, no
 	}
-	secret, err := respond(s.private, init)
+	agreed, err := respond(s.private, init)
 	s.gate.Release(1)
 	if err != nil {
 		s.counts.malformed.Add(1)
@@ -183,11 +183,11 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, []byte, *refu
 	}
 	c := &session{
 		s:   s,
-		in:  recordReader{aead: secret.in},
-		out: recordWriter{aead: secret.out},
+		in:  recordReader{aead: agreed.in},
+		out: recordWriter{aead: agreed.out},
 		peer: Conn{
-			Machine: secret.machine,
-			Version: secret.version,
+			Machine: agreed.machine,
+			Version: agreed.version,
 			Remote:  s.cfg.Source(r),
 			ID:      s.lastID.Add(1),
 		},
@@ -204,7 +204,7 @@ func (s *Server) handshake(r *http.Request, b64 string) (*session, []byte, *refu
 	if s.log.Enabled(r.Context(), slog.LevelDebug) {
 		s.log.Debug("noise connection", "machine", c.peer.Machine.ShortString(), "version", c.peer.Version, "conn", c.peer.ID)
 	}
-	return c, secret.response, nil
+	return c, agreed.response, nil
 }
 
 // admit charges the source of a machine key that has no node. Nodes come back

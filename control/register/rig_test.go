@@ -193,9 +193,11 @@ func (g rig) uses(secret string) int {
 	}
 	var uses int
 	err = g.Store.View(g.Context(), func(r *db.Reader) error {
-		k, err := r.In(g.Tailnet).AuthKeyByKeyID(keyID)
-		if err == nil {
-			uses = k.Uses
+		keys, err := r.In(g.Tailnet).AuthKeys()
+		for _, k := range keys {
+			if k.KeyID == keyID {
+				uses = k.Uses
+			}
 		}
 		return err
 	})

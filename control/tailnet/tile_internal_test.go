@@ -1,11 +1,14 @@
 package tailnet
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"testing"
 
 	"tailscale.com/tailcfg"
+
+	"github.com/signalbox-net/signalbox/db"
 )
 
 // cuts are the runs into which ids are cut.
@@ -88,5 +91,45 @@ func TestTileWord(t *testing.T) {
 		if got := tile.Word(b); got != want {
 			t.Fatalf("slots %v: %b, want %b", tile.Slots, got, want)
 		}
+	}
+}
+
+// When a node joins, goes or changes, the tiles of the others stay, and with them what was encoded from them.
+func TestOtherTilesStay(t *testing.T) {
+	user := &db.User{ID: 1, Name: "u"}
+	full := &db.Batch{Full: true, To: 1, Nodes: map[tailcfg.NodeID]*db.Node{}, Users: map[tailcfg.UserID]*db.User{1: user}}
+	node := func(id tailcfg.NodeID) *db.Node { return &db.Node{ID: id, User: 1, GivenName: fmt.Sprint("n", id)} }
+	for id := tailcfg.NodeID(1); id <= 300; id++ {
+		full.Nodes[id] = node(id)
+	}
+	s, err := Build(nil, full)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		what  string
+		nodes map[tailcfg.NodeID]*db.Node
+		fresh int
+	}{
+		{"a node joins", map[tailcfg.NodeID]*db.Node{301: node(301)}, 1},
+		{"a node changes", map[tailcfg.NodeID]*db.Node{70: {ID: 70, User: 1, GivenName: "other"}}, 1},
+		{"a node goes", map[tailcfg.NodeID]*db.Node{130: nil}, 1},
+		{"nobody", nil, 0},
+		{"two of one tile", map[tailcfg.NodeID]*db.Node{5: nil, 9: {ID: 9, User: 1, GivenName: "nine"}}, 1},
+	} {
+		next, err := Build(s, &db.Batch{From: s.rev, To: s.rev + 1, Nodes: c.nodes})
+		if err != nil {
+			t.Fatal(err)
+		}
+		fresh := 0
+		for _, tile := range next.tiles {
+			if !slices.Contains(s.tiles, tile) {
+				fresh++
+			}
+		}
+		if fresh != c.fresh {
+			t.Errorf("%s: %d of %d tiles are new, want %d", c.what, fresh, len(next.tiles), c.fresh)
+		}
+		s = next
 	}
 }

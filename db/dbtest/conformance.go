@@ -71,6 +71,7 @@ func RunConformance(t *testing.T, open Open) {
 		{"Secrets", testSecrets},
 		{"Instances", testInstances},
 		{"Tombstones", testTombstones},
+		{"Stranger", testStranger},
 		{"AuthRequests", testAuthRequests},
 		{"AuthRequestEviction", testAuthRequestEviction},
 		{"AuditChain", testAuditChain},

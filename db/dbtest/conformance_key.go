@@ -238,7 +238,7 @@ func testAuthKeyVerdicts(t *testing.T, f *fixture) {
 	want := *fresh
 	want.Tags, want.Uses = []string{"tag:a", "tag:b"}, 3
 	f.view(func(r *db.Reader) error {
-		got, err := r.AuthKeyByKeyID(fresh.KeyID)
+		got, err := r.AuthKey(fresh.ID)
 		if !reflect.DeepEqual(got, &want) {
 			t.Errorf("\n got %+v\nwant %+v", got, &want)
 		}

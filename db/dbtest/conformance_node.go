@@ -290,9 +290,6 @@ func testHostileText(t *testing.T, f *fixture) {
 			if _, err := r.UserByName(name); err != db.ErrNotFound {
 				t.Errorf("user %q: %v", name, err)
 			}
-			if _, err := r.AuthKeyByKeyID(name); err != db.ErrNotFound {
-				t.Errorf("auth key %q: %v", name, err)
-			}
 			if _, err := r.APIKeyByKeyID(name); err != db.ErrNotFound {
 				t.Errorf("API key %q: %v", name, err)
 			}

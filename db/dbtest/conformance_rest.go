@@ -224,6 +224,34 @@ func testTombstones(t *testing.T, f *fixture) {
 	}
 }
 
+func testStranger(t *testing.T, f *fixture) {
+	n := f.node("known")
+	stranger := func(k key.MachinePublic) (is bool) {
+		f.view(func(r *db.Reader) (err error) { is, err = r.Stranger(k); return err })
+		return is
+	}
+	if stranger(n.MachineKey) {
+		t.Error("a machine with a node is a stranger")
+	}
+	if !stranger(key.NewMachine().Public()) {
+		t.Error("a new machine is known")
+	}
+	f.view(func(r *db.Reader) error {
+		if is, err := r.In(f.tailnet + 1).Stranger(n.MachineKey); !is || err != nil {
+			t.Errorf("in another tailnet: %t, %v", is, err)
+		}
+		return nil
+	})
+	f.update(func(tx *db.Tx) error { return tx.DeleteNode(n.ID) })
+	if stranger(n.MachineKey) {
+		t.Error("a machine whose node was deleted is a stranger")
+	}
+	f.update(func(tx *db.Tx) error { return tx.DeleteTombstones(n.MachineKey, n.NodeKey) })
+	if !stranger(n.MachineKey) {
+		t.Error("a forgotten machine is known")
+	}
+}
+
 func testAuditChain(t *testing.T, f *fixture) {
 	actor := db.Actor{Kind: "apikey", ID: 3, Name: "ci", KeyID: "kabc", Source: "192.0.2.9"}
 	refused := errors.New("refused")

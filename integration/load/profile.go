@@ -22,7 +22,7 @@ func (o *options) cpuProfile(ctx context.Context, s *server, phase string, delay
 	var done sync.WaitGroup
 	done.Go(func() {
 		pause(ctx, delay)
-		o.saveProfile(ctx, s, fmt.Sprintf("/debug/pprof/profile?seconds=%d", int(d.Seconds())), phase+".cpu.pprof")
+		o.saveProfile(ctx, s, fmt.Sprintf("/debug/pprof/profile?seconds=%d", max(1, int(d.Seconds()))), phase+".cpu.pprof")
 	})
 	return done.Wait
 }

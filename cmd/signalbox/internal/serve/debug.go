@@ -53,7 +53,7 @@ func (s *server) debugPages() []debugPage {
 	return []debugPage{
 		{"/debug/snapshot", "the devices as the server sees them; ?node=ID for one, with its peers and its packet filter", s.debugSnapshot},
 		{"/debug/sessions", "the open streams and what each has been sent; ?node=ID for one", s.debugSessions},
-		{"/debug/tiles", "groups of 64 devices, and the encoded parts of maps that are kept of each", s.debugTiles},
+		{"/debug/tiles", "groups of up to 64 devices, and the encoded parts of maps that are kept of each", s.debugTiles},
 		{"/debug/frames", "all kept parts of maps by kind, and the ways from older snapshots", s.debugFrames},
 		{"/debug/pprof/", "Go profiles", pprof.Index},
 	}

@@ -19,17 +19,17 @@ const slack = 4 << 20
 func (s *server) settle(ctx context.Context) error {
 	tick := time.NewTicker(settleEvery)
 	defer tick.Stop()
-	var spare spare
+	var rest spare
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		if unused, live := heap(); spare.due(s.control.Poll.FullMaps.Load(), unused, live) {
+		if unused, live := heap(); rest.due(s.control.Poll.FullMaps.Load(), unused, live) {
 			debug.FreeOSMemory()
 			unused, _ = heap()
-			spare.left = unused
+			rest.left = unused
 		}
 	}
 }
@@ -50,7 +50,7 @@ type spare struct {
 }
 
 // due reports whether memory should be given back now, maps full maps having been sent. A collection in the middle of work would only cost, so
-// it waits for a quiet spell; and one that can free no more than the last costs what it is worth on a server of many quiet streams.
+// it waits for a quiet spell. What the last return could not give back does not count, or every look would cost a full collection.
 func (m *spare) due(maps int64, unused, live uint64) bool {
 	quiet := maps == m.maps
 	m.maps, m.left = maps, min(m.left, unused)
