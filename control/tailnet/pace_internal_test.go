@@ -13,15 +13,23 @@ func announcements(changes []int) (out []int) {
 	at := func(ms int) time.Time { return began.Add(time.Duration(ms) * time.Millisecond) }
 	var p pace
 	for len(changes) > 0 {
-		due, waited := changes[0], false
-		if w := p.wait(at(due), least, most); w > 0 {
-			due, waited = due+int(w/time.Millisecond), true
+		due, waited, revisions := changes[0], false, 1
+		for { // as Replica.Run does: at each change, and when the time has come
+			w := p.wait(at(due), revisions, least, most)
+			if w <= 0 {
+				break
+			}
+			waited = true
+			if revisions < len(changes) && changes[revisions] <= due+int(w/time.Millisecond) {
+				due = changes[revisions]
+				revisions++
+			} else {
+				due += int(w / time.Millisecond)
+			}
 		}
-		p.announced(at(due), waited, least, most)
+		changes = changes[revisions:]
+		p.announced(at(due), waited, revisions, least, most)
 		out = append(out, due)
-		for len(changes) > 0 && changes[0] <= due {
-			changes = changes[1:]
-		}
 	}
 	return out
 }
@@ -52,7 +60,10 @@ func TestPace(t *testing.T) {
 		{"alone", []int{1000, 1100, 1200}, []int{1000, 1100, 1200}},
 		{"a burst", []int{1000, 1001, 1002, 1030}, []int{1000, 1050}},
 		{"two bursts", []int{1000, 1001, 1400, 1401}, []int{1000, 1050, 1400, 1450}},
-		{"the gap after a burst is twice the first", []int{1000, 1001, 1060}, []int{1000, 1050, 1150}},
+		{"one soon after a burst", []int{1000, 1001, 1002, 1003, 1060}, []int{1000, 1050, 1100}},
+		{"a burst soon after a burst waits twice as long", []int{1000, 1001, 1002, 1003, 1060, 1061, 1062}, []int{1000, 1050, 1150}},
+		{"a trickle", []int{1000, 1040, 1120, 1150, 1190, 1260}, []int{1000, 1050, 1120, 1170, 1220, 1270}},
+		{"a trickle after a burst", []int{1000, 1001, 1002, 1003, 1100, 1210, 1220, 1290}, []int{1000, 1050, 1100, 1210, 1260, 1310}},
 		{"without end", endless, []int{1000, 1050, 1150, 1350, 1600, 1850, 2100}},
 		{"quick again after it", append(slices.Clone(endless), 2400, 2401), []int{1000, 1050, 1150, 1350, 1600, 1850, 2100, 2400, 2450}},
 	} {

@@ -180,13 +180,13 @@ func (r *Replica) Run(ctx context.Context) error {
 			if r.cfg.Gap != nil {
 				least, most = r.cfg.Gap()
 			}
-			now := time.Now()
-			if wait := r.pace.wait(now, least, most); wait > 0 {
+			now, revisions := time.Now(), r.untold()
+			if wait := r.pace.wait(now, revisions, least, most); wait > 0 {
 				waited = true
 				hold.Reset(wait)
 				announce = hold.C
 			} else {
-				r.pace.announced(now, waited, least, most)
+				r.pace.announced(now, waited, revisions, least, most)
 				r.announce(now)
 				due, waited = false, false
 			}
@@ -259,6 +259,13 @@ func (r *Replica) publish(prev, s *Snapshot) {
 	for _, f := range watchers {
 		f(prev, s)
 	}
+}
+
+// untold is how many revisions are not announced yet.
+func (r *Replica) untold() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return int(r.Current().rev - r.told.rev)
 }
 
 func (r *Replica) announce(at time.Time) {
