@@ -96,7 +96,7 @@ type assumptions struct {
 // cores, writers on two servers, fifty changes a transaction, fsync on.
 var assumed = assumptions{
 	nodes: 100_000, changes: 2, edits: 10, cores: 2, memory: 8 << 30, network: 125e6, back: 60, load: .5,
-	rows: 31_000, commits: 625, gapEach: 500e-6, gapLimit: .5,
+	rows: 10_600, commits: 213, gapEach: 500e-6, gapLimit: .5,
 }
 
 // An estimate is the table for one number of peers that a node sees.
