@@ -40,3 +40,10 @@ func MigrationSQL(dialect string) (texts []string, err error) {
 	}
 	return texts, err
 }
+
+// Pending is how many writes wait for their turn.
+func (s *Store) Pending() int {
+	s.writer.mu.Lock()
+	defer s.writer.mu.Unlock()
+	return len(s.writer.pending)
+}

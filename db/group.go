@@ -20,7 +20,8 @@ type group struct {
 	raw      *sql.Conn
 	conn     *conn
 	begun    bool
-	kept     int // ops whose work is in the transaction
+	since    time.Time // when it had its lock, or began
+	kept     int       // ops whose work is in the transaction
 	tailnets map[TailnetID]*tailnetState
 	changes  int    // rows written to the change log
 	mailed   bool   // mail was posted
@@ -52,11 +53,10 @@ func (g *group) runAll(w *writer, members []*op) ([]*op, error) {
 	}
 	defer g.release()
 	again := members
-	started := time.Now()
 	for {
 		next := again
 		if next == nil {
-			next = w.take(maxGroup - len(members))
+			next = w.take(g.room(len(members)))
 			members = append(members, next...)
 		}
 		for _, o := range next {
@@ -65,7 +65,7 @@ func (g *group) runAll(w *writer, members []*op) ([]*op, error) {
 				return members, err
 			}
 		}
-		if again != nil || len(next) == 0 || len(members) >= maxGroup || time.Since(started) > maxGroupTime {
+		if again != nil || len(next) == 0 || len(members) >= maxGroup || time.Since(g.since) > maxGroupTime {
 			break
 		}
 	}
@@ -84,6 +84,16 @@ func (g *group) runAll(w *writer, members []*op) ([]*op, error) {
 		w.spares.tailnet, w.spares.revision = t.id, t.revision
 	}
 	return members, nil
+}
+
+// room is how many ops may be taken at once by a group that has so many. Other
+// servers wait for the lock of a PostgreSQL group, so its time is looked at
+// after each op. Whoever waits for SQLite is in the group.
+func (g *group) room(members int) int {
+	if g.store.pg {
+		return 1
+	}
+	return maxGroup - members
 }
 
 func (g *group) open() error {
@@ -105,7 +115,7 @@ func (g *group) begin() error {
 	if err := g.exec(begin); err != nil {
 		return fmt.Errorf("begin: %w", err)
 	}
-	g.begun, g.kept = true, 0
+	g.begun, g.kept, g.since = true, 0, time.Now()
 	return nil
 }
 
@@ -222,6 +232,9 @@ func (g *group) tailnet(r *Reader, id TailnetID) (*tailnetState, error) {
 	}
 	copy(t.head[:], head)
 	t.first = t.revision
+	if len(g.tailnets) == 0 {
+		g.since = time.Now()
+	}
 	g.tailnets[id] = t
 	// They are given back when the transaction is committed, and lost otherwise.
 	if w := &g.store.writer; w.spares.tailnet == id && w.spares.revision == t.first {

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -112,6 +114,45 @@ func TestPostgresTwoServers(t *testing.T) {
 	if won != 1 {
 		t.Errorf("%d of 50 won a single-use key on two servers", won)
 	}
+}
+
+// However much one server has to write, another one that waits for the tailnet's lock has its turn after a part of it.
+func TestPostgresServersShareTheLock(t *testing.T) {
+	dsn := postgres.DSN(t)
+	busy, other := newPostgresSite(t, dsn, db.Config{}), newPostgresSite(t, dsn, db.Config{})
+	const many = 40
+	var written atomic.Int64
+	gate, begun := make(chan struct{}), make(chan struct{})
+	began := sync.OnceFunc(func() { close(begun) })
+	var writers sync.WaitGroup
+	write := func(fn func()) {
+		writers.Go(func() {
+			_, err := busy.Update(t.Context(), busy.tailnet, admin, func(tx *db.Tx) error {
+				fn()
+				_, err := tx.PutSetting("s", fmt.Append(nil, written.Add(1)))
+				return err
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	write(func() { <-gate }) // the others gather behind it
+	for range many {
+		write(func() { began(); <-time.After(50 * time.Millisecond) })
+	}
+	for busy.Pending() < many {
+		runtime.Gosched()
+	}
+	close(gate)
+	<-begun
+	if err := other.register("n"); err != nil {
+		t.Error(err)
+	}
+	if n := written.Load(); n > many/2 {
+		t.Errorf("the other server's write waited for %d of %d", n, many)
+	}
+	writers.Wait()
 }
 
 // What one server knows to be free may have been given out by the other.
