@@ -3,7 +3,6 @@ package fault
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -180,7 +179,7 @@ func testServersJoinTogether(t *testing.T, x *Site) {
 			conn, err := srv[i%2].Dial(t.Context(), sim.NewMachine("twin"))
 			if err == nil {
 				t.Cleanup(conn.Close)
-				err = registerInTime(t, conn, key)
+				_, err = conn.Register(t.Context(), key)
 			}
 			if err == nil {
 				// The stream is the other server's: it has to know the node by now.
@@ -211,19 +210,6 @@ func testServersJoinTogether(t *testing.T, x *Site) {
 		})
 	}
 	x.check(t, "after all joined")
-}
-
-// registerInTime registers as clients do: one that is told to come again, here because the machine is too busy to write in time, does so.
-func registerInTime(t *testing.T, conn *sim.Conn, key string) error {
-	for end := time.Now().Add(2 * patience); ; {
-		_, err := conn.Register(t.Context(), key)
-		no, refused := errors.AsType[*sim.Refusal](err)
-		if !refused || no.Status != http.StatusServiceUnavailable || time.Now().After(end) {
-			return err
-		}
-		t.Logf("told to come again: %v", err)
-		<-time.After(time.Second)
-	}
 }
 
 // check looks for what must never be in the database.
