@@ -105,7 +105,7 @@ func (s *Server) Stop() {
 // the end of the test.
 func (s *Server) Beside(name string, clock *Clock) *Server {
 	s.Helper()
-	return s.beside(name, clock, func(n *Server, ctx context.Context) error { return n.Server.Run(ctx) })
+	return s.beside(name, clock, (*Server).run)
 }
 
 // BesideUnwritten is Beside for a server that follows the database, does no duty by itself, and writes no report until its Ledger runs.
@@ -113,6 +113,8 @@ func (s *Server) BesideUnwritten(name string, clock *Clock) *Server {
 	s.Helper()
 	return s.beside(name, clock, func(n *Server, ctx context.Context) error { return n.Replica.Run(ctx) })
 }
+
+func (s *Server) run(ctx context.Context) error { return s.Server.Run(ctx) }
 
 func (s *Server) beside(name string, clock *Clock, run func(*Server, context.Context) error) *Server {
 	s.Helper()
@@ -130,7 +132,7 @@ func (s *Server) start() {
 	s.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	self := s.open(ctx)
-	s.serve(ctx, cancel, self, s.Store.Close, func(s *Server, ctx context.Context) error { return s.Server.Run(ctx) })
+	s.serve(ctx, cancel, self, s.Store.Close, (*Server).run)
 }
 
 func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, self db.Instance, closeStore func() error, run func(*Server, context.Context) error) {

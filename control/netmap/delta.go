@@ -248,7 +248,7 @@ func bigPeersMessage(d *tailnet.Delta, viewer int, c *changes) []Frame {
 	c.writeHead(d, &w.own)
 	sep(&w.own)
 	w.text(`"PeersChanged":[`)
-	seen := make(tailnet.Bits, (len(d.To.Nodes())+63)/64)
+	seen := tailnet.NewBits(len(d.To.Nodes()))
 	for _, slot := range c.changed {
 		seen.Set(slot)
 	}

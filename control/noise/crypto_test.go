@@ -25,14 +25,21 @@ func ownKey(t testing.TB, k key.MachinePrivate) *ecdh.PrivateKey {
 	return own
 }
 
-// pair is both ends of a connection: the library's, and ours.
-func pair(t testing.TB) (client *controlbase.Conn, in *recordReader, out *recordWriter, raw net.Conn) {
+// initiate is how a machine begins, by the library.
+func initiate(t testing.TB, machine, server key.MachinePrivate) ([]byte, controlbase.HandshakeContinuation) {
 	t.Helper()
-	server, machine := key.NewMachine(), key.NewMachine()
 	init, finish, err := controlbase.ClientDeferred(machine, server.Public(), currentVersion)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return init, finish
+}
+
+// pair is both ends of a connection: the library's, and ours.
+func pair(t testing.TB) (client *controlbase.Conn, in *recordReader, out *recordWriter, raw net.Conn) {
+	t.Helper()
+	server, machine := key.NewMachine(), key.NewMachine()
+	init, finish := initiate(t, machine, server)
 	s, err := respond(ownKey(t, server), init)
 	if err != nil {
 		t.Fatal(err)
@@ -117,10 +124,7 @@ func TestQuietReaderHoldsNoBuffer(t *testing.T) {
 // No bit of an initiation may be changed, and none of it is for another server.
 func TestChangedInitiationsAreRefused(t *testing.T) {
 	server := key.NewMachine()
-	init, _, err := controlbase.ClientDeferred(key.NewMachine(), server.Public(), currentVersion)
-	if err != nil {
-		t.Fatal(err)
-	}
+	init, _ := initiate(t, key.NewMachine(), server)
 	own := ownKey(t, server)
 	for bit := range 8 * len(init) {
 		if bit/8 >= 2 && bit/8 < initiationHeader {
@@ -160,10 +164,7 @@ func TestLowOrderKeysAreRefused(t *testing.T) {
 func TestClientRefusesAnotherResponse(t *testing.T) {
 	server := key.NewMachine()
 	for _, at := range []int{3, 20, 34, 35, 50} {
-		init, finish, err := controlbase.ClientDeferred(key.NewMachine(), server.Public(), currentVersion)
-		if err != nil {
-			t.Fatal(err)
-		}
+		init, finish := initiate(t, key.NewMachine(), server)
 		s, err := respond(ownKey(t, server), init)
 		if err != nil {
 			t.Fatal(err)
@@ -305,10 +306,7 @@ func TestNoncesAreNotUsedUp(t *testing.T) {
 
 func BenchmarkRespond(b *testing.B) {
 	server := key.NewMachine()
-	init, _, err := controlbase.ClientDeferred(key.NewMachine(), server.Public(), currentVersion)
-	if err != nil {
-		b.Fatal(err)
-	}
+	init, _ := initiate(b, key.NewMachine(), server)
 	own := ownKey(b, server)
 	b.Run("own", func(b *testing.B) {
 		b.ReportAllocs()

@@ -48,7 +48,7 @@ type recordReader struct {
 
 	head [recordHeader]byte // takes the first bytes of a record, without a buffer
 	buf  *[maxRecord]byte   // nil between records
-	n    int                // bytes in buf
+	n    int                // bytes in buf, 0 without one
 	done int                // of them, those of records that were opened
 	text []byte             // in buf: opened and not yet read
 }
@@ -111,7 +111,6 @@ func (r *recordReader) fill(n int) error {
 		k, err := r.w.Read(into)
 		if k > 0 && r.buf == nil {
 			r.buf = recordPool.Get().(*[maxRecord]byte)
-			r.n = 0
 			copy(r.buf[:], r.head[:k])
 		}
 		r.n += k

@@ -348,6 +348,9 @@ func pause(now time.Time, every time.Duration) time.Duration {
 	return now.Add(every + rand.N(max(every/5-grid, 1)) + grid).Truncate(grid).Sub(now)
 }
 
+// pause is the time to the stream's next KeepAlive.
+func (x *Session) pause() time.Duration { return pause(time.Now(), x.srv.cfg.KeepAlive) }
+
 // bytesPerPeer is what a peer adds to a full map, for the gate's estimate.
 const bytesPerPeer = 256
 
@@ -454,9 +457,6 @@ func (x *Session) write(message iter.Seq[[]byte]) error {
 	x.busy.Store(time.Now().UnixNano())
 	return x.ctl.Flush()
 }
-
-// pause is the time to the stream's next KeepAlive.
-func (x *Session) pause() time.Duration { return pause(time.Now(), x.srv.cfg.KeepAlive) }
 
 func (x *Session) keepAlive() error {
 	return x.write(func(yield func([]byte) bool) { yield(netmap.KeepAliveWire(x.raw)) })

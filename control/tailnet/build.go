@@ -250,7 +250,7 @@ func (s *Snapshot) takeDERPMap(prev *Snapshot, m *moved) {
 
 // takeSeen finds which nodes peers may be told of: a node without a disco key cannot be reached, and a client never repairs such a peer.
 func (s *Snapshot) takeSeen() {
-	s.seen = make(Bits, words(len(s.nodes)))
+	s.seen = NewBits(len(s.nodes))
 	for i, n := range s.nodes {
 		if n != nil && !n.State.DiscoKey.IsZero() {
 			s.seen.Set(i)

@@ -293,6 +293,9 @@ func (s *Snapshot) OwnedBy(u tailcfg.UserID) Bits {
 // Bits is a set of slots.
 type Bits []uint64
 
+// NewBits is an empty set with room for so many slots.
+func NewBits(slots int) Bits { return make(Bits, (slots+63)/64) }
+
 // Has reports whether slot i is in the set.
 func (b Bits) Has(i int) bool { return i>>6 < len(b) && b[i>>6]&(1<<(i&63)) != 0 }
 
@@ -320,8 +323,6 @@ func (b Bits) resize(n int) Bits {
 	}
 	return b[:n]
 }
-
-func words(n int) int { return (n + 63) / 64 }
 
 func newIndex(nodes []*Node) *index {
 	x := &index{nodeKey: make(map[key.NodePublic]int, len(nodes)), machine: make(map[key.MachinePublic][]int, len(nodes)), names: make(map[string]int, len(nodes))}

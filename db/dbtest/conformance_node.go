@@ -300,4 +300,13 @@ func testHostileText(t *testing.T, f *fixture) {
 		_, err = r.VerifyAudit()
 		return err
 	})
+	for _, name := range []string{"a\x00", "\xff", "' OR 1=1 --", "%"} {
+		err := f.try(func(tx *db.Tx) error {
+			_, err := tx.RedeemAuthKey(name, [32]byte{}, n.MachineKey)
+			return err
+		})
+		if !errors.Is(err, db.ErrNotFound) {
+			t.Errorf("auth key %q: %v", name, err)
+		}
+	}
 }
